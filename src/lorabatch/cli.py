@@ -1,0 +1,104 @@
+"""``lorabatch COMMAND``: parse, validate, run, and turn errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lorabatch import __version__
+from lorabatch.config import FetchConfig, InferConfig, ReportConfig, TrainConfig
+from lorabatch.errors import LorabatchError, UsageError, nearest
+from lorabatch.settings import Settings, parse
+
+
+def _train(config: TrainConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.train.run import run_training
+
+    return run_training(config, command)
+
+
+def _infer(config: InferConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.infer.run import run_inference
+
+    return run_inference(config, command)
+
+
+def _fetch(config: FetchConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch import hub
+
+    hub.prepare_environment()
+    source = hub.fetch(extras["name"], to=Path(config.to) if config.to else None, revision=config.revision)
+    print(f"{source.name}: {source.path}" + (f" (revision {source.revision})" if source.revision else ""))
+    return 0
+
+
+def _report(config: ReportConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.report.build import build_report
+
+    for path in build_report([Path(p) for p in extras["runs"]], config):
+        print(path)
+    return 0
+
+
+Command = tuple[type[Settings], Callable[[Any, dict[str, Any], list[str]], int], dict[str, str]]
+COMMANDS: dict[str, Command] = {
+    "train": (TrainConfig, _train, {}),
+    "infer": (InferConfig, _infer, {}),
+    "report": (ReportConfig, _report, {"runs": "run folders: training and inference, in any order"}),
+    "fetch": (FetchConfig, _fetch, {"name": "name on the hub, .gguf file, or smollm2-135m"}),
+}
+
+
+def usage() -> str:
+    lines = [f"lorabatch {__version__}: LoRA fine-tuning and batched inference", "", "usage: lorabatch COMMAND [flags]", ""]
+    lines += [f"  {name:8} {config.__doc__.splitlines()[0]}" for name, (config, _, _) in COMMANDS.items() if config.__doc__]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "lorabatch COMMAND --help lists its flags. Exit codes: 0 done, 64 usage, 65 bad data,",
+            "69 something needed is missing, 70 failed, 75 stopped with everything saved: run again.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the ``lorabatch`` command. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 64
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"lorabatch: {UsageError(f'unknown command {argv[0]!r}', fix=nearest(argv[0], COMMANDS))}", file=sys.stderr)
+        return 64
+    return run_command(argv[0], argv[1:])
+
+
+def run_command(name: str, argv: list[str], *, prog: str | None = None) -> int:
+    """One command with the errors handled; also behind ``src/train_lora.py`` and ``src/infer_batch.py``."""
+    config_class, action, positionals = COMMANDS[name]
+    debug = "--debug" in argv
+    try:
+        config, extras = parse(config_class, argv, prog=prog or f"lorabatch {name}", command=name, positionals=positionals)
+        return action(config, extras, [prog or "lorabatch", name, *argv])
+    except LorabatchError as error:
+        if debug:
+            raise
+        print(f"lorabatch {name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"lorabatch {name}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(
+            f"lorabatch {name}: {type(error).__name__}: {' '.join(str(error).split())}; run again with --debug to see where",
+            file=sys.stderr,
+        )
+        return 1

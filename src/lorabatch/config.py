@@ -1,0 +1,112 @@
+"""Every setting of every command, once: name, type, default, bound, unit and help in one field.
+
+Flags, TOML files, ``--print_config``, ``--help`` and the records of a run are all derived from
+these dataclasses (``lorabatch.settings`` does the deriving), so nothing is typed twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorabatch.settings import Settings, setting
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """Fine-tune a base model with LoRA; the adapter lands in --save_dir in PEFT's format."""
+
+    base_model: str = setting("distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m")
+    train_path: str = setting("data_sample/train.txt", "training documents: .txt, .jsonl, .csv or .parquet")
+    val_path: str | None = setting("data_sample/val.txt", "validation documents ('none': no evaluation)")
+    save_dir: str | None = setting(None, "run folder, adapter at its root (default: results/lora-<model>)")
+    overwrite: bool = setting(False, "replace an earlier run in --save_dir")
+
+    epochs: int = setting(1, "passes over the training documents", minimum=1)
+    max_steps: int | None = setting(None, "stop after this many optimiser steps, if that comes first", minimum=1)
+    batch_size: int = setting(8, "documents per optimiser step (times --grad_accum_steps)", minimum=1)
+    grad_accum_steps: int = setting(1, "batches added up before each optimiser step", minimum=1)
+    max_len: int = setting(512, "longest document in tokens; longer text is split, longer answers are cut", minimum=2)
+    block_tokens: int = setting(2048, "tokens of the packed block that goes through the model at once", minimum=2)
+
+    lr: float = setting(2e-4, "peak learning rate", above=0)
+    scheduler: str = setting("cosine", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
+    warmup_steps: int | None = setting(None, "steps of linear warm-up (default: 5 % of all steps)", minimum=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the adapters", minimum=0)
+    adam_beta1: float = setting(0.9, "AdamW: decay of the first moment", minimum=0, below=1)
+    adam_beta2: float = setting(0.999, "AdamW: decay of the second moment", minimum=0, below=1)
+    adam_eps: float = setting(1e-8, "AdamW: added to the denominator", above=0)
+    max_grad_norm: float = setting(1.0, "clip the gradient's 2-norm to this (0: never)", minimum=0)
+
+    lora_r: int = setting(16, "rank of the adapters", minimum=1)
+    lora_alpha: float = setting(32.0, "adapter scale: alpha / r, or alpha / sqrt(r) with --use_rslora", above=0)
+    lora_dropout: float = setting(0.0, "dropout on the input of the adapters", minimum=0, below=1)
+    use_rslora: bool = setting(False, "rank-stabilised scale (arXiv 2312.03732)")
+    target_modules: tuple[str, ...] = setting(("all-linear",), "all-linear, attn, or names of linear layers")
+
+    eval_every_steps: int | None = setting(None, "evaluate every N steps (default: about 4 times a run, and always at the end)", minimum=1)
+    early_stopping_evals: int = setting(0, "stop after N evaluations without improvement (0: never)", minimum=0)
+    max_train_documents: int | None = setting(None, "use only the first N training documents", minimum=1)
+    max_val_documents: int | None = setting(None, "use only the first N validation documents", minimum=1)
+
+    txt_format: str = setting("auto", ".txt: one document a line, or separated by blank lines", choices=("auto", "line", "blank"))
+    text_field: str = setting("text", "field of .jsonl, .csv and .parquet rows that holds plain text")
+    train_on_prompt: bool = setting(False, "prompt tokens count in the loss too")
+
+    seed: int = setting(42, "seed of initialisation, order and dropout", minimum=0)
+    dtype: str = setting("auto", "type of the frozen base; adapters stay fp32", choices=DTYPES)
+    no_cuda: bool = setting(False, "stay on the CPU")
+    backend: str = setting("auto", "native decoder, or transformers + peft for any other model", choices=("auto", "native", "hf"))
+    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)
+
+
+@dataclass(frozen=True)
+class InferConfig(Settings):
+    """Complete all prompts of a file in batches; one JSON line per finished request."""
+
+    base_model: str = setting("distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m")
+    adapter_dir: str | None = setting(None, "LoRA adapter in PEFT's format, merged into the base ('none': the base alone)")
+    prompts: str = setting("data_sample/prompts.txt", "prompts: .txt (one a line) or .jsonl (id, prompt, settings per request)")
+    output_dir: str | None = setting(None, "run folder (default: a new one in results/)")
+    resume: bool = setting(False, "go on in --output_dir: finished requests are skipped")
+    overwrite: bool = setting(False, "replace an earlier run in --output_dir")
+
+    batch_size: int = setting(16, "requests that run at once", minimum=1)
+    max_new_tokens: int = setting(64, "tokens generated per request at most", minimum=1)
+    iters: int = setting(1, "measured repetitions of the whole work; above 1 a warm-up comes first", minimum=1)
+    ignore_eos: bool = setting(False, "always generate --max_new_tokens (benchmarks)")
+    output_order: str = setting("finished", "order of completions.jsonl", choices=("finished", "input"))
+
+    temperature: float = setting(0.0, "0: greedy", minimum=0)
+    top_k: int = setting(0, "sample among the k likeliest tokens (0: all)", minimum=0)
+    top_p: float = setting(1.0, "sample among the likeliest tokens that sum to p", above=0, maximum=1)
+    min_p: float = setting(0.0, "drop tokens less likely than min_p times the likeliest", minimum=0, maximum=1)
+    repetition_penalty: float = setting(1.0, "divide the logits of tokens already seen (1: off)", above=0)
+    seed: int = setting(0, "seed of sampling; request i uses seed + i unless it brings its own", minimum=0)
+    stop: tuple[str, ...] = setting((), "strings that end a completion (not part of the text)")
+
+    max_len: int | None = setting(None, "longest prompt + completion in tokens (default: the model's limit)", minimum=2)
+    long_prompt: str = setting("error", "a prompt that does not fit", choices=("error", "truncate_left", "truncate_right"))
+    prefill_tokens: int = setting(2048, "prompt tokens that enter the model in one step", minimum=1)
+
+    dtype: str = setting("auto", "type of weights and KV cache", choices=DTYPES)
+    no_cuda: bool = setting(False, "stay on the CPU")
+    backend: str = setting("auto", "native decoder, or transformers for any other model", choices=("auto", "native", "hf"))
+    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)
+
+
+@dataclass(frozen=True)
+class FetchConfig(Settings):
+    """Download or convert a base model and write MANIFEST.json (revision, sizes, SHA-256)."""
+
+    to: str | None = setting(None, "folder to write a self-contained copy to (default: the cache)")
+    revision: str | None = setting(None, "branch, tag or commit on the hub")
+
+
+@dataclass(frozen=True)
+class ReportConfig(Settings):
+    """Write RELATORIO.md (Portuguese) and report.html from run folders."""
+
+    output_dir: str = setting("report", "folder for RELATORIO.md and report.html")
+    language: str = setting("en", "language of report.html", choices=("en", "pt"))

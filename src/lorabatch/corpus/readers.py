@@ -1,0 +1,161 @@
+"""Documents from .txt, .jsonl, .csv and .parquet files, with the place of each mistake.
+
+A row becomes a ``Document``: plain text, or a prompt with its completion. Rows may have a text
+field, ``prompt`` + ``completion``, ``question`` + ``answer``, or ``messages``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorabatch.errors import DataError, UnavailableError
+
+QA_PROMPT = "Question: {question}\nAnswer:"
+FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text to learn from. With a prompt, only ``text`` (the completion) is supervised."""
+
+    text: str
+    where: str  # file:line or file:row
+    prompt: str | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None  # rendered by the model's chat template
+
+
+def read_documents(path: Path, *, txt_format: str = "auto", text_field: str = "text") -> list[Document]:
+    """All documents of a file. DataError names the file and line of what is wrong."""
+    check_file(path)
+    readers: dict[str, Callable[[], list[Document]]] = {
+        ".txt": lambda: _text_documents(path, txt_format),
+        ".jsonl": lambda: [_from_row(row, where, text_field) for where, row in jsonl_rows(path)],
+        ".csv": lambda: _table_documents(path, "csv", text_field),
+        ".parquet": lambda: _table_documents(path, "parquet", text_field),
+    }
+    if path.suffix.lower() not in readers:
+        raise DataError(f"unknown kind of file '{path.suffix}'", where=path, fix=f"give one of {', '.join(FORMATS)}")
+    documents = readers[path.suffix.lower()]()
+    if not documents:
+        raise DataError("no documents in it", where=path, fix="give a file with at least one document")
+    return documents
+
+
+def check_file(path: Path) -> None:
+    if not path.exists():
+        raise DataError("no such file", where=path, fix="check the path")
+    if path.is_dir():
+        raise DataError("is a folder", where=path, fix="give a file")
+    if path.stat().st_size == 0:
+        raise DataError("the file is empty", where=path, fix="give a file with at least one line")
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text of a file. DataError for binary content, or with the line of the first wrong byte."""
+    content = path.read_bytes()
+    if b"\0" in content[:65536]:
+        raise DataError("binary content, not text", where=path, fix=f"give one of {', '.join(FORMATS)}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"byte 0x{content[error.start]:02x} is not UTF-8", where=f"{path}:{line}", fix="convert it: iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def _text_documents(path: Path, txt_format: str) -> list[Document]:
+    """One document a line, or blocks between blank lines. "auto": blocks if a blank line separates any text."""
+    lines = read_text(path).splitlines()
+    if txt_format == "auto":
+        stripped = "\n".join(line.strip() for line in lines).strip("\n")
+        txt_format = "blank" if "\n\n" in stripped else "line"
+    if txt_format == "line":
+        return [Document(line.strip(), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    documents: list[Document] = []
+    block: list[str] = []
+    for number, line in enumerate([*lines, ""], 1):
+        if line.strip():
+            block.append(line.rstrip())
+        elif block:
+            documents.append(Document("\n".join(block), f"{path}:{number - len(block)}"))
+            block = []
+    return documents
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, object) of every non-blank line. DataError at the first line that is not a JSON object."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"not valid JSON ({error})", where=where, fix="mend or remove the line") from None
+        if not isinstance(row, dict):
+            raise DataError("not a JSON object", where=where, fix="each line must be {...}")
+        yield where, row
+
+
+def _table_documents(path: Path, kind: str, text_field: str) -> list[Document]:
+    try:
+        from datasets import Dataset
+        from datasets.utils.logging import disable_progress_bar
+    except ImportError:
+        raise UnavailableError(f"reading .{kind} files needs the package datasets", fix="run: pip install datasets") from None
+    disable_progress_bar()
+    import tempfile
+
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            load = Dataset.from_csv if kind == "csv" else Dataset.from_parquet
+            rows = load(str(path), cache_dir=cache, keep_in_memory=True).to_list()
+    except Exception as error:  # datasets and pyarrow raise their own classes for each kind of damage
+        raise DataError(f"not a readable {kind} file ({type(error).__name__}: {error})", where=path, fix="check the file") from None
+    first = 2 if kind == "csv" else 1  # line 1 of a csv file is its header
+    return [_from_row(row, f"{path}:{n}", text_field) for n, row in enumerate(rows, first)]
+
+
+def _from_row(row: Mapping[str, Any], where: str, text_field: str) -> Document:
+    if text_field in row:
+        return Document(_string(row, text_field, where), where)
+    if "prompt" in row and "completion" in row:
+        return Document(_string(row, "completion", where), where, prompt=_string(row, "prompt", where))
+    if "question" in row and "answer" in row:
+        prompt = QA_PROMPT.format(question=_string(row, "question", where))
+        return Document(" " + _string(row, "answer", where), where, prompt=prompt)
+    if "messages" in row:
+        return Document("", where, messages=_messages(row["messages"], where))
+    fields = ", ".join(map(str, row)) or "none"
+    raise DataError(
+        f"no '{text_field}', prompt + completion, question + answer or messages (fields: {fields})",
+        where=where,
+        fix="rename the field or use --text_field",
+    )
+
+
+def _string(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise DataError(f"'{name}' is {type(value).__name__}, not text", where=where, fix="mend the row")
+    if not value.strip():
+        raise DataError(f"'{name}' is empty", where=where, fix="fill or remove the row")
+    return value
+
+
+def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
+    good = (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+    )
+    if not good:
+        raise DataError("'messages' is not a list of {role, content}", where=where, fix="mend the row")
+    if value[-1]["role"] != "assistant":
+        raise DataError("the last message is not the assistant's", where=where, fix="end each conversation with what the model should say")
+    return tuple(value)

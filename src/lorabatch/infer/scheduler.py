@@ -1,0 +1,82 @@
+"""Which requests run next. Plain Python over lengths and slots; it touches no tensor.
+
+The rule: whenever slots are free and requests wait, the next step is a prefill of as many of
+them as fit into the free slots and the token budget; otherwise every running request decodes
+one token. Requests join and leave between steps, so the batch stays full until the queue is dry.
+
+Slots are kept dense: running requests occupy slots 0 .. n-1, so that decoding works on the first
+n rows of the cache without gathering. When a request leaves, the last one moves into its place.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lorabatch.infer.requests import Request
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: a prefill of whole prompts, or one token for each running request."""
+
+    is_prefill: bool
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Slot ``source``, of which ``length`` positions are in use, now lives in slot ``target``."""
+
+    source: int
+    target: int
+    length: int
+
+
+class Scheduler:
+    """``static``: admit only when nothing runs (for models whose cache cannot take newcomers)."""
+
+    def __init__(self, requests: Iterable[Request], *, max_running: int, prefill_tokens: int, static: bool = False) -> None:
+        self.waiting = deque(requests)
+        self.running: list[Request] = []  # index = slot
+        self._max_running, self._prefill_tokens, self._static = max_running, prefill_tokens, static
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def next_batch(self) -> Batch:
+        admitted = self._admit()
+        if admitted:
+            return Batch(True, tuple(admitted))
+        return Batch(False, tuple(self.running))
+
+    def _admit(self) -> list[Request]:
+        """Waiting requests for the free slots; one is always let in, however long, so none can starve."""
+        admitted: list[Request] = []
+        budget = self._prefill_tokens
+        if self._static and self.running:
+            return admitted
+        while self.waiting and len(self.running) < self._max_running:
+            cost = len(self.waiting[0].token_ids)
+            if admitted and cost > budget and not self._static:
+                break
+            request = self.waiting.popleft()
+            request.slot = len(self.running)
+            self.running.append(request)
+            admitted.append(request)
+            budget -= cost
+        return admitted
+
+    def release(self, finished: Iterable[Request]) -> list[Move]:
+        """Free the slots of finished requests; returns the moves that the cache must follow, in order."""
+        moves = []
+        for request in sorted(finished, key=lambda r: -r.slot):
+            last = self.running.pop()
+            if last is not request:
+                moves.append(Move(last.slot, request.slot, last.num_tokens - 1))
+                last.slot = request.slot
+                self.running[request.slot] = last
+            request.slot = -1
+        return moves

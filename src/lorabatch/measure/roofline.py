@@ -1,0 +1,26 @@
+"""How much work the model is: FLOPs and bytes that the mathematics asks for, whatever the code does.
+
+LoRA's frozen weights need a forward product and an input-gradient product per token, no weight
+gradient: 4 FLOPs per parameter, not the 6 of full fine-tuning. Adapters need all three: 6.
+"""
+
+from __future__ import annotations
+
+from lorabatch.model.spec import ModelSpec
+
+
+def training_flops(spec: ModelSpec, *, tokens: int, targets: int, squared_lengths: int, lora_params: int) -> float:
+    """FLOPs of forward and backward of one set of documents.
+
+    tokens: all of them; targets: supervised ones (only these reach the head); squared_lengths:
+    sum of L² over documents (causal attention: half of it, two products forward and four backward).
+    """
+    head = spec.hidden_size * spec.vocab_size
+    body = spec.num_matmul_params - head
+    attention = 6.0 * squared_lengths * spec.num_layers * spec.num_heads * spec.head_dim
+    return 4.0 * body * tokens + 4.0 * head * targets + 6.0 * lora_params * tokens + attention
+
+
+def decode_bytes(spec: ModelSpec, *, steps: int, kv_tokens: int, element_bytes: int) -> float:
+    """Bytes that decoding must read: all matrix weights once a step, and the cached keys and values."""
+    return float(element_bytes) * (steps * spec.num_matmul_params + kv_tokens * spec.kv_elements_per_token)

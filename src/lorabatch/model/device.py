@@ -1,0 +1,85 @@
+"""Which device, which number type, how many threads: chosen by what the machine can really do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from lorabatch.errors import UnavailableError
+from lorabatch.model.linear import Dense, Prepacked, can_prepack
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPE_NAMES = {v: k for k, v in TYPES.items()}
+
+
+def choose_device(*, no_cuda: bool) -> torch.device:
+    if not no_cuda and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def usable_cores() -> int:
+    """Cores this process may use: the Slurm allocation, the CPU affinity, the cgroup's quota; the least of them."""
+    found = [len(os.sched_getaffinity(0))]
+    if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        found.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    try:
+        quota, period = open("/sys/fs/cgroup/cpu.max", encoding="ascii").read().split()
+        if quota != "max":
+            found.append(max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, min(found))
+
+
+def choose_threads(threads: int | None) -> int:
+    count = threads or usable_cores()
+    torch.set_num_threads(count)
+    return count
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of frozen weights and activations.
+
+    "auto": bf16 on GPUs that have it natively (compute capability 8.0; ``is_bf16_supported`` also
+    says yes to emulation), else fp16; on CPUs bf16 if the processor has it and a short timing says
+    it is faster, else fp32.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UnavailableError("fp16 needs a GPU", where="--dtype fp16", fix="use --dtype fp32 or bf16")
+    if name != "auto":
+        return TYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if _cpu_has_bf16() and _bf16_is_faster() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _bf16_is_faster(*, at_least: float = 1.2) -> bool:
+    """Median of five alternating products of a small model's shape, [64, 576] x [576, 1536]."""
+    runs: dict[torch.dtype, Callable[[], object]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, x = torch.zeros(1536, 576, dtype=dtype), torch.zeros(64, 576, dtype=dtype)
+        product = Prepacked(weight) if can_prepack(dtype) else Dense(weight)
+        runs[dtype] = lambda product=product, x=x: product.forward(x, None)  # type: ignore[misc]
+        runs[dtype]()
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in runs}
+    for _ in range(5):
+        for dtype, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(4):
+                run()
+            seconds[dtype].append(time.perf_counter() - start)
+    fp32, bf16 = (sorted(seconds[d])[2] for d in (torch.float32, torch.bfloat16))
+    return fp32 >= at_least * bf16

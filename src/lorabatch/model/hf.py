@@ -1,0 +1,174 @@
+"""The hf backend: any ``AutoModelForCausalLM`` through transformers and peft, behind the native backend's methods.
+
+Slower and complete: padded batches, full logits, peft's own adapter layers. It is chosen for
+architectures that the native decoder does not know, or with ``--backend hf``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorabatch.errors import DataError, UnavailableError, UsageError
+from lorabatch.model.lora import KEY_PREFIX, AdapterSet, LoraSettings
+
+ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query_key_value", "dense", "c_attn", "qkv_proj", "Wqkv")
+
+
+class HfModel:
+    backend = "hf"
+    spec = None
+    adapter = None
+    base_fingerprint = None
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model, self.device = model, device
+        config: Any = model.config
+        self.max_positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+        self.fan_in_fan_out = any(type(m).__name__ == "Conv1D" for m in model.modules())
+        self.num_base_params = sum(p.numel() for p in model.parameters())
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device, adapter_dir: Path | None = None) -> HfModel:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            # An adapter is merged in fp32 and cast once, as the native backend does.
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if adapter_dir else dtype, local_files_only=True)
+        except (ValueError, OSError, KeyError) as error:
+            raise DataError(
+                f"transformers cannot load it ({str(error).splitlines()[0]})", where=folder, fix="is it a causal language model?"
+            ) from None
+        if adapter_dir is not None:
+            model = _merged(model, adapter_dir).to(dtype)
+        model.requires_grad_(False).eval()
+        return cls(model.to(device), device)
+
+    def attach(self, settings: LoraSettings, *, seed: int) -> AdapterSet:
+        """Fresh peft adapters whose parameters live in one flat buffer."""
+        peft = import_peft()
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            use_rslora=settings.use_rslora,
+            target_modules=self._targets(settings.target_modules),
+            fan_in_fan_out=self.fan_in_fan_out,
+        )
+        try:
+            self.model = peft.get_peft_model(self.model, config)
+        except ValueError as error:
+            raise UsageError(
+                f"peft refuses it ({str(error).splitlines()[0]})", where="--target_modules", fix="name linear layers of this model"
+            ) from None
+        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        pairs = {
+            n[len(KEY_PREFIX) :].split(".lora_A.")[0]: (p, parameters[n.replace(".lora_A.", ".lora_B.")])
+            for n, p in parameters.items()
+            if ".lora_A." in n
+        }
+        return AdapterSet(settings, pairs)
+
+    def _targets(self, targets: tuple[str, ...]) -> str | list[str]:
+        if targets == ("all-linear",):
+            return "all-linear"
+        present = {name.rsplit(".", 1)[-1] for name, _ in self.model.named_modules()}
+        names = [n for t in targets for n in ([a for a in ATTENTION_NAMES if a in present] if t == "attn" else [t])]
+        missing = [n for n in names if n.rsplit(".", 1)[-1] not in present]
+        if missing or not names:
+            raise UsageError(
+                "matches no layer of this model",
+                where=f"--target_modules {' '.join(missing or targets)}",
+                fix="use all-linear or names of its layers",
+            )
+        return names
+
+    def train(self, mode: bool = True) -> None:
+        self.model.train(mode)
+
+    def loss_sum(self, token_ids: Sequence[Tensor], first_targets: Sequence[int]) -> Tensor:
+        """As ``NativeModel.loss_sum``, with right padding that nothing attends to."""
+        ids = nn.utils.rnn.pad_sequence(list(token_ids), batch_first=True).to(self.device)  # [B, L]
+        lengths = torch.tensor([len(t) for t in token_ids], device=self.device)[:, None]
+        places = torch.arange(ids.shape[1], device=self.device)[None, :]
+        logits = self.model(input_ids=ids, attention_mask=(places < lengths).long(), use_cache=False).logits
+        supervised = (places < lengths) & (places >= torch.tensor(list(first_targets), device=self.device)[:, None])
+        return F.cross_entropy(logits[:, :-1][supervised[:, 1:]].float(), ids[:, 1:][supervised[:, 1:]], reduction="sum")
+
+    def runner(self, *, num_slots: int, capacity: int) -> HfRunner:
+        return HfRunner(self)
+
+
+class HfRunner:
+    """Static, left-padded batches with transformers' own cache; a batch runs until all its requests are done."""
+
+    static = True
+
+    def __init__(self, model: HfModel) -> None:
+        self._model = model
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        """Start a new batch; returns logits [n, V] after each prompt."""
+        longest = max(map(len, prompts))
+        padded = [[0] * (longest - len(p)) + list(p) for p in prompts]
+        self._mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
+        self._row_of_slot = {slot: row for row, slot in enumerate(slots)}
+        self._cache: Any = None
+        return self._forward(torch.tensor(padded, device=self._model.device))
+
+    @torch.inference_mode()
+    def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """token_ids[slot]: newest token of each live slot. Finished rows are fed a zero and ignored."""
+        rows = [self._row_of_slot[slot] for slot in range(len(token_ids))]
+        step = torch.zeros(self._mask.shape[0], 1, dtype=torch.long, device=self._model.device)
+        step[rows, 0] = torch.tensor(list(token_ids), device=step.device)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(step), 1)], dim=1)
+        return self._forward(step)[rows]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self._row_of_slot[target] = self._row_of_slot.pop(source)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
+        if self._model._takes_positions:
+            inputs["position_ids"] = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = self._model.model(**inputs)
+        self._cache = output.past_key_values
+        return output.logits[:, -1]
+
+
+def import_peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UnavailableError("the hf backend needs the package peft for adapters", fix="run: pip install peft") from None
+    return peft
+
+
+def _merged(model: nn.Module, adapter_dir: Path) -> nn.Module:
+    peft = import_peft()
+    if not (adapter_dir / "adapter_config.json").exists():
+        raise DataError("no adapter_config.json", where=adapter_dir, fix="give the folder that training wrote (--save_dir)")
+    if not (adapter_dir / "adapter_model.safetensors").exists():
+        raise DataError("no adapter_model.safetensors", where=adapter_dir, fix="copy the weights beside the config or train again")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            adapted = peft.PeftModel.from_pretrained(model, adapter_dir)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise DataError(f"does not fit this base ({str(error).splitlines()[0]})", where=adapter_dir, fix="check --base_model") from None
+    for warning in caught:  # peft only warns when an adapter's keys do not match: the base would run unchanged
+        if "missing adapter keys" in str(warning.message):
+            raise DataError("keys of the adapter do not match this base", where=adapter_dir, fix="check --base_model")
+    return adapted.merge_and_unload()

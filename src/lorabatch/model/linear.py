@@ -1,0 +1,197 @@
+"""Frozen linear layers, and the low-rank adapters that train on top of them.
+
+Shapes: T tokens of the flat stream, I input features, O output features, r rank.
+
+A layer may be several layers of the checkpoint in one product (q, k and v; gate and up). Each
+``Part`` keeps its own name and its own adapter, so files look as if nothing had been fused.
+
+The product itself sits behind two small classes with the same two methods: ``Dense`` (torch's
+linear, any device) and ``Prepacked`` (oneDNN's blocked layout, CPU). On the development machine
+(Zen 4, two cores) prepacking gave 1.1 to 2.2 times the rate of ``F.linear``, and rows whose value does
+not depend on how many other rows there are, from two rows on (docs/LOG.md, 2026-11-24).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear layer of the checkpoint: its path there, and its rows ``start:stop`` of the fused weight."""
+
+    path: str
+    start: int
+    stop: int
+
+
+class Product(Protocol):
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[T, I] -> [T, O]: x Wᵀ + bias."""
+
+    def input_grad(self, grad: Tensor) -> Tensor:
+        """[T, O] -> [T, I]: grad W."""
+
+
+class Dense:
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight  # [O, I]
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+    def input_grad(self, grad: Tensor) -> Tensor:
+        return grad @ self.weight
+
+
+class Prepacked:
+    """Weights in oneDNN's blocked layout; the transposed pack is made at the first backward pass."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self._packed = _pack(weight)
+        self._packed_transposed: Tensor | None = None
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return _packed_linear(x, self._packed, bias)
+
+    def input_grad(self, grad: Tensor) -> Tensor:
+        if self._packed_transposed is None:
+            self._packed_transposed = _pack(self.weight.t().contiguous())
+        return _packed_linear(grad, self._packed_transposed, None)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+
+
+def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    # A single row takes another kernel whose sums are ordered differently; two rows do not.
+    if x.shape[0] == 1:
+        return torch.ops.mkldnn._linear_pointwise(x.expand(2, -1).contiguous(), packed, bias, "none", [], "")[:1]
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
+
+
+@functools.cache
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether this torch build has the private oneDNN operators and they agree with ``F.linear``."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(48, 32, generator=generator).to(dtype)
+        x = torch.randn(5, 32, generator=generator).to(dtype)
+        got, expected = Prepacked(weight).forward(x, None), F.linear(x, weight)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return torch.allclose(got, expected, rtol=2e-2, atol=2e-1 if dtype == torch.bfloat16 else 1e-4)
+
+
+class Adapter(nn.Module):
+    """The low-rank update ``scale * B A`` of one part. Source: LoRA, arXiv 2106.09685."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
+        super().__init__()
+        self.a = nn.Parameter(a)  # [r, I], fp32
+        self.b = nn.Parameter(b)  # [O of the part, r], fp32
+        self.scale = scale
+
+
+class FrozenLinear(nn.Module):
+    """``y = x Wᵀ + bias`` with a weight that never gets a gradient, plus the adapters of its parts."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], *, prepack: bool) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.bias = bias
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        self.product: Product = Prepacked(weight) if prepack else Dense(weight)
+        self.adapters = nn.ModuleDict()  # key: index of the part, as a string
+        self.dropout = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.adapters:
+            return self._adapted(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _FrozenProduct.apply(x, self)
+        return self.product.forward(x, self.bias)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        tensors = [t for adapter in self.adapters.values() for t in (adapter.a, adapter.b)]
+        mask = None
+        if self.training and self.dropout > 0:
+            # One mask for all parts of the layer; peft draws one per part, which is as valid.
+            mask = F.dropout(torch.ones_like(x), self.dropout)
+        return _AdaptedProduct.apply(x, mask, self, *tensors)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """The product without adapters: saves nothing, computes only the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product.forward(x, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.product.input_grad(grad), None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """``x Wᵀ + bias`` and, per adapted part, ``scale * (mask * x) Aᵀ Bᵀ``.
+
+    Saves the input and the rank-sized ``(mask * x) Aᵀ``. The A matrices of all parts go through one
+    product; products with a rank-sized side come first, so no [O, I] gradient ever exists.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None, layer: FrozenLinear, *tensors: Tensor) -> Tensor:
+        a_all = torch.cat([a.to(x.dtype) for a in tensors[0::2]])  # [sum of r, I]
+        dropped = x if mask is None else x * mask
+        low = dropped @ a_all.t()  # [T, sum of r]
+        y = layer.product.forward(x, layer.bias)
+        for part, adapter, b, h in _parts(layer, tensors, low):
+            y[:, part.start : part.stop].addmm_(h, b.to(x.dtype).t(), alpha=adapter.scale)
+        ctx.layer = layer
+        ctx.save_for_backward(x, mask, low, *tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, low, *tensors = ctx.saved_tensors
+        layer = ctx.layer
+        dropped = x if mask is None else x * mask
+        low_grad = torch.empty_like(low)
+        b_grads = []
+        for (part, adapter, b, h), slot in zip(_parts(layer, tensors, low), _parts(layer, tensors, low_grad), strict=True):
+            part_grad = grad[:, part.start : part.stop]
+            torch.mm(part_grad, b.to(x.dtype) * adapter.scale, out=slot[3])
+            b_grads.append((part_grad.t() @ h).float().mul_(adapter.scale))
+        a_all_grad = (low_grad.t() @ dropped).float()
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = layer.product.input_grad(grad)
+            a_all = torch.cat([a.to(x.dtype) for a in tensors[0::2]])
+            if mask is None:
+                x_grad.addmm_(low_grad, a_all)
+            else:
+                x_grad.add_((low_grad @ a_all).mul_(mask))
+        a_grads = a_all_grad.split([a.shape[0] for a in tensors[0::2]])
+        return (x_grad, None, None, *(g for pair in zip(a_grads, b_grads, strict=True) for g in pair))
+
+
+def _parts(layer: FrozenLinear, tensors: Sequence[Tensor], low: Tensor) -> list[tuple[Part, Adapter, Tensor, Tensor]]:
+    """(part, adapter, B, its columns of ``low`` [T, r]) for each adapted part."""
+    found, column = [], 0
+    for (index, adapter), a, b in zip(layer.adapters.items(), tensors[0::2], tensors[1::2], strict=True):
+        found.append((layer.parts[int(index)], adapter, b, low[:, column : column + a.shape[0]]))
+        column += a.shape[0]
+    return found

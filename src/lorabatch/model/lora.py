@@ -1,0 +1,280 @@
+"""Adapters: which layers get one, the flat buffer that holds them, and PEFT's files both ways.
+
+The file format is peft's (``adapter_config.json``, ``adapter_model.safetensors``), so adapters
+trained here load there and the other way round. Beside them ``lorabatch.json`` records which base
+the adapter belongs to; peft ignores it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorabatch.errors import DataError, UsageError, nearest
+from lorabatch.model.decoder import Decoder
+from lorabatch.model.linear import Adapter
+from lorabatch.model.tensorfiles import write_safetensors
+from lorabatch.records import read_json, write_json
+
+CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "lorabatch.json"
+KEY_PREFIX = "base_model.model."
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "attn.c_attn", "attn.c_proj")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ("all-linear",)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # peft's per-layer exceptions, read only
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def scale(self, path: str, rank: int) -> float:
+        """``alpha / r``, or ``alpha / sqrt(r)`` with rank-stabilised LoRA (arXiv 2312.03732)."""
+        alpha = next((a for pattern, a in self.alpha_pattern.items() if re.match(rf"(.*\.)?({pattern})$", path)), self.alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """A trained adapter: per linear layer of the checkpoint, A [r, I] and B [O, r] in fp32."""
+
+    settings: LoraSettings
+    pairs: Mapping[str, tuple[Tensor, Tensor]]  # path -> (A, B)
+
+    def delta(self, path: str) -> Tensor | None:
+        """The merged update ``scale * B A`` [O, I] of one layer in fp32, or None."""
+        if path not in self.pairs:
+            return None
+        a, b = (t.to(torch.float32) for t in self.pairs[path])
+        return self.settings.scale(path, a.shape[0]) * (b @ a)
+
+    def digest(self) -> str:
+        """Identity of the adapter by content, never by name."""
+        digest = hashlib.sha256()
+        for path in sorted(self.pairs):
+            scale = self.settings.scale(path, self.pairs[path][0].shape[0])
+            digest.update(f"{path} {scale!r}".encode())
+            for tensor in self.pairs[path]:
+                digest.update(tensor.to(torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def matches(path: str, target: str) -> bool:
+    """Whether a layer's path is meant by a target name: peft's rule, whole dotted components from the end."""
+    return path == target or path.endswith("." + target)
+
+
+def select(paths: Iterable[str], targets: tuple[str, ...]) -> list[str]:
+    """Paths that the targets name. UsageError for a target that matches nothing."""
+    paths = list(paths)
+    wanted: dict[str, tuple[str, ...]] = {"all-linear": tuple(paths), "attn": ATTENTION_PARTS}
+    chosen: set[str] = set()
+    for target in targets:
+        found = {p for p in paths for name in wanted.get(target, (target,)) if matches(p, name)}
+        if not found:
+            known = {p.rsplit(".", 1)[-1] for p in paths} | {"all-linear", "attn"}
+            raise UsageError("matches no linear layer of this model", where=f"--target_modules {target}", fix=nearest(target, known))
+        chosen |= found
+    return [p for p in paths if p in chosen]
+
+
+class AdapterSet:
+    """All trainable parameters in one flat fp32 buffer, and their gradients in another.
+
+    The given parameters become views of it, so the optimiser, clipping, checkpoints and an
+    all-reduce each see one tensor.
+    """
+
+    def __init__(self, settings: LoraSettings, pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
+        self.settings, self.pairs = settings, dict(pairs)
+        parameters = [p for pair in self.pairs.values() for p in pair]
+        self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).to(torch.float32) for p in parameters]))
+        self.flat.grad = torch.zeros_like(self.flat)
+        offset = 0
+        for p in parameters:
+            place = slice(offset, offset + p.numel())
+            p.data = self.flat.data[place].view(p.shape)
+            p.grad = self.flat.grad[place].view(p.shape)
+            offset += p.numel()
+
+    @property
+    def num_params(self) -> int:
+        return self.flat.numel()
+
+    def zero_grad(self) -> None:
+        self.flat.grad.zero_()
+
+    def weights(self) -> LoraWeights:
+        """A copy on the CPU, independent of further training."""
+        return LoraWeights(
+            self.settings, {path: (a.detach().cpu().clone(), b.detach().cpu().clone()) for path, (a, b) in self.pairs.items()}
+        )
+
+
+def attach(decoder: Decoder, settings: LoraSettings, *, seed: int) -> AdapterSet:
+    """Give the chosen layers a fresh adapter (which changes nothing yet) and return them all.
+
+    A is uniform as in the paper's code and peft (kaiming with a = sqrt 5), B is zero.
+    """
+    parts = [(layer, index, part) for layer in decoder.linears() for index, part in enumerate(layer.parts)]
+    chosen = set(select([part.path for _, _, part in parts], settings.target_modules))
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for layer, index, part in parts:
+        if part.path not in chosen:
+            continue
+        bound = 1 / math.sqrt(layer.in_features)
+        a = torch.empty(settings.r, layer.in_features).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(part.stop - part.start, settings.r)
+        adapter = Adapter(a.to(decoder.device), b.to(decoder.device), settings.scale(part.path, settings.r))
+        layer.adapters[str(index)] = adapter
+        layer.dropout = settings.dropout
+        pairs[part.path] = (adapter.a, adapter.b)
+    return AdapterSet(settings, pairs)
+
+
+def linear_shapes(decoder: Decoder) -> dict[str, tuple[int, int]]:
+    """Path -> (O, I) of every layer that can carry an adapter."""
+    return {part.path: (part.stop - part.start, layer.in_features) for layer in decoder.linears() for part in layer.parts}
+
+
+def save_adapter(folder: Path, weights: LoraWeights, *, base_name: str, base_fingerprint: str | None, fan_in_fan_out: bool) -> None:
+    """Write an adapter folder that peft and ``load_adapter`` read. Files are replaced one by one, weights first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{KEY_PREFIX}{path}.lora_{letter}.weight": half
+        for path, pair in weights.pairs.items()
+        for letter, half in zip("AB", pair, strict=True)
+    }
+    write_safetensors(folder / WEIGHTS_FILE, tensors)
+    settings = weights.settings
+    write_json(
+        folder / CONFIG_FILE,
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_name,
+            "r": settings.r,
+            "lora_alpha": settings.alpha,
+            "lora_dropout": settings.dropout,
+            "use_rslora": settings.use_rslora,
+            "target_modules": _short_names(weights.pairs),
+            "fan_in_fan_out": fan_in_fan_out,
+            "bias": "none",
+            "inference_mode": True,
+        },
+    )
+    write_json(
+        folder / BASE_FILE,
+        {"schema_version": 1, "base_name": base_name, "base_fingerprint": base_fingerprint, "adapter_sha256": weights.digest()},
+    )
+
+
+def _short_names(paths: Iterable[str]) -> list[str]:
+    """The names peft should look for: the last component, with one more where GPT-2's two c_proj differ."""
+    names = {".".join(p.split(".")[-2:]) if p.endswith("c_proj") else p.rsplit(".", 1)[-1] for p in paths}
+    return sorted(names)
+
+
+def load_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, base_fingerprint: str | None = None) -> LoraWeights:
+    """Read a LoRA adapter and check it against the base model's linear layers.
+
+    shapes: path of each linear layer -> (O, I). Raises DataError for anything that does not fit:
+    wrong base, unknown or missing keys, features that we cannot apply faithfully.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / CONFIG_FILE).exists():
+        raise DataError(f"no {CONFIG_FILE}", where=folder, fix="give the folder that training wrote (--save_dir)")
+    config = read_json(folder / CONFIG_FILE)
+    settings = _settings_from(config, folder)
+    if not (folder / WEIGHTS_FILE).exists():
+        hint = " (adapter_model.bin is a pickle and is not read: save it as safetensors)" if (folder / "adapter_model.bin").exists() else ""
+        raise DataError(f"no {WEIGHTS_FILE}{hint}", where=folder, fix="copy the weights beside the config or train again")
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except Exception as error:  # the library raises its own class for every kind of damage
+        raise DataError(f"not a readable safetensors file ({error})", where=folder / WEIGHTS_FILE, fix="copy it again") from None
+    _check_base(folder, config, base_fingerprint)
+    return LoraWeights(settings, _paired(tensors, shapes, config, folder))
+
+
+def _settings_from(config: dict[str, Any], folder: Path) -> LoraSettings:
+    if str(config.get("peft_type")) != "LORA":
+        raise DataError(
+            f"peft_type is {config.get('peft_type')}, not LORA", where=folder / CONFIG_FILE, fix="only LoRA adapters can be used"
+        )
+    for name in ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"):
+        if config.get(name):
+            raise DataError(
+                f"uses {name}, which is not supported", where=folder / CONFIG_FILE, fix="merge it into the base with peft first"
+            )
+    if config.get("bias", "none") != "none":
+        raise DataError(f"trains biases (bias={config['bias']})", where=folder / CONFIG_FILE, fix="merge it into the base with peft first")
+    targets = config.get("target_modules") or ()
+    return LoraSettings(
+        r=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        use_rslora=bool(config.get("use_rslora")),
+        target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+    )
+
+
+def _check_base(folder: Path, config: dict[str, Any], base_fingerprint: str | None) -> None:
+    if base_fingerprint is None or not (folder / BASE_FILE).exists():
+        return
+    record = read_json(folder / BASE_FILE)
+    if record.get("base_fingerprint") not in (None, base_fingerprint):
+        raise DataError("the adapter was trained on another base model", where=folder, fix=f"use --base_model {record.get('base_name')}")
+
+
+def _paired(
+    tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, int]], config: dict[str, Any], folder: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(KEY_PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+        if match is None or match[1] not in shapes:
+            raise DataError(f"unexpected key '{key}'", where=folder / WEIGHTS_FILE, fix="the adapter is for another model")
+        halves.setdefault(match[1], {})[match[2]] = tensor
+    for path in _expected(shapes, config):
+        if set(halves.get(path, {})) != {"A", "B"}:
+            raise DataError(
+                f"weights for '{path}' are missing", where=folder / WEIGHTS_FILE, fix="the file is incomplete or of another model"
+            )
+    pairs = {}
+    for path, half in halves.items():
+        if set(half) != {"A", "B"}:
+            raise DataError(f"only one half of '{path}' is there", where=folder / WEIGHTS_FILE, fix="the file is incomplete")
+        rows, columns = shapes[path]
+        if half["A"].shape[1] != columns or half["B"].shape[0] != rows or half["A"].shape[0] != half["B"].shape[1]:
+            got = f"A {tuple(half['A'].shape)}, B {tuple(half['B'].shape)}"
+            raise DataError(
+                f"'{path}' has shapes {got} and the base [{rows}, {columns}]",
+                where=folder / WEIGHTS_FILE,
+                fix="the adapter is for another model",
+            )
+        pairs[path] = (half["A"].to(torch.float32), half["B"].to(torch.float32))
+    return pairs
+
+
+def _expected(shapes: Mapping[str, tuple[int, int]], config: dict[str, Any]) -> list[str]:
+    """Layers that the config says have weights; left open where it says so by pattern or layer number."""
+    targets = config.get("target_modules")
+    if not targets or isinstance(targets, str) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return []
+    return [p for p in shapes if any(matches(p, t) for t in targets)]

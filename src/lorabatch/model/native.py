@@ -1,0 +1,78 @@
+"""The native backend: our decoder behind the few methods that training and inference call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorabatch.model.attention import PackedAttention
+from lorabatch.model.decoder import Decoder
+from lorabatch.model.lora import AdapterSet, LoraSettings, LoraWeights, attach, linear_shapes, load_adapter
+from lorabatch.model.loss import cross_entropy_sum
+from lorabatch.model.spec import ModelSpec
+from lorabatch.model.weights import build_decoder, fingerprint, normalised, read_checkpoint
+
+
+class NativeModel:
+    """A base model, with fresh adapters after ``attach``, or with one merged in from the start."""
+
+    backend = "native"
+
+    def __init__(self, spec: ModelSpec, decoder: Decoder, base_fingerprint: str, *, adapter: LoraWeights | None = None) -> None:
+        self.spec, self.decoder, self.base_fingerprint, self.adapter = spec, decoder, base_fingerprint, adapter
+        self.max_positions = spec.max_positions
+        self.fan_in_fan_out = spec.family == "gpt2"
+
+    @classmethod
+    def load(
+        cls, folder: Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, adapter_dir: Path | None = None
+    ) -> NativeModel:
+        """Read a checkpoint; an adapter is checked against it, then merged in fp32 before the one cast to ``dtype``."""
+        tensors = read_checkpoint(folder)
+        base = fingerprint(spec, normalised(spec, tensors))
+        adapter = None
+        if adapter_dir is not None:
+            meta = build_decoder(spec, {k: v.to("meta") for k, v in tensors.items()}, device="meta", prepack=False)
+            adapter = load_adapter(adapter_dir, linear_shapes(meta), base_fingerprint=base)
+        decoder = build_decoder(spec, tensors, dtype=dtype, device=device, merge=adapter.delta if adapter else None)
+        return cls(spec, decoder, base, adapter=adapter)
+
+    @property
+    def num_base_params(self) -> int:
+        """Parameters of the base model, the tied head counted once."""
+        linears = sum(
+            layer.in_features * layer.out_features + (0 if layer.bias is None else layer.out_features) for layer in self.decoder.linears()
+        )
+        norms = sum(
+            0 if t is None else t.numel()
+            for m in self.decoder.modules()
+            for t in (getattr(m, "weight", None), getattr(m, "bias", None))
+            if hasattr(m, "eps")
+        )
+        positions = 0 if self.decoder.position_embedding is None else self.decoder.position_embedding.numel()
+        tables = self.decoder.embedding.numel() * (1 if self.spec.tied_head else 2)
+        return linears + norms + positions + tables
+
+    def attach(self, settings: LoraSettings, *, seed: int) -> AdapterSet:
+        return attach(self.decoder, settings, seed=seed)
+
+    def train(self, mode: bool = True) -> None:
+        self.decoder.train(mode)
+
+    def loss_sum(self, token_ids: Sequence[Tensor], first_targets: Sequence[int]) -> Tensor:
+        """Sum of negative log-likelihoods (nats) of the supervised tokens of some documents, as one packed block.
+
+        token_ids: one [L] tensor a document; first_targets: where its supervision begins (>= 1).
+        """
+        lengths = [len(ids) for ids in token_ids]
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        targets_at = torch.cat([torch.arange(s + f, s + n) for s, f, n in zip(starts, first_targets, lengths, strict=True)])
+        ids, positions, targets_at = (
+            t.to(self.decoder.device, non_blocking=True) for t in (torch.cat(list(token_ids)), positions, targets_at)
+        )
+        hidden = self.decoder(ids, positions, PackedAttention(lengths))
+        return cross_entropy_sum(hidden[targets_at - 1], self.decoder.head, ids[targets_at])

@@ -1,0 +1,196 @@
+"""What is written to disk: run folders, atomic JSON, and JSONL that survives a kill.
+
+A run is a directory (``run.json``, ``events.jsonl``, ``completions.jsonl``, ``system.jsonl``,
+``metrics.json``). Whole files are replaced by rename; JSONL is appended one flushed line at a
+time, so a process killed at any instant leaves at most one torn last line, which the readers
+skip and the writers cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lorabatch.errors import DataError, UnavailableError, UsageError
+
+SCHEMA_VERSION = 1
+RUN_FILES = ("run.json", "events.jsonl", "completions.jsonl", "system.jsonl", "metrics.json")
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _plain(value: object) -> object:
+    """JSON has no NaN: a value that is not a number is null, never a token other parsers refuse."""
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def dumps(record: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False, default=str)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Replace ``path`` atomically: readers see the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = json.dumps(_plain(record), ensure_ascii=False, indent=2, allow_nan=False, default=str) + "\n"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises DataError when the file is missing or is not one JSON object."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError("no such file", where=path, fix="is this a run folder?") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"not readable as JSON ({error})", where=path, fix="restore or remove the file") from None
+    if not isinstance(record, dict):
+        raise DataError("not a JSON object", where=path, fix="restore or remove the file")
+    return record
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSONL file; a torn last line (the writer was killed) is skipped."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise DataError("not a JSON line", where=f"{path}:{number}", fix="restore or remove the file") from None
+
+
+class JsonlWriter:
+    """Append records to a JSONL file: one ``write`` and one flush per line, fsync about once a second."""
+
+    def __init__(self, path: Path, *, fsync_every_s: float = 1.0) -> None:
+        self.path = path
+        self._cut_torn_line()
+        self._file = path.open("ab")
+        self._fsync_every_s = fsync_every_s
+        self._last_fsync = time.perf_counter()
+
+    def _cut_torn_line(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            content_end = file.seek(0, os.SEEK_END)
+            position = content_end
+            while position > 0:  # backwards in 64 KiB steps until a line end
+                step = min(65536, position)
+                file.seek(position - step)
+                newline = file.read(step).rfind(b"\n")
+                if newline >= 0:
+                    position = position - step + newline + 1
+                    break
+                position -= step
+            if position != content_end:
+                file.truncate(position)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(dumps(record).encode("utf-8") + b"\n")
+        self._file.flush()
+        now = time.perf_counter()
+        if now - self._last_fsync >= self._fsync_every_s:
+            os.fsync(self._file.fileno())
+            self._last_fsync = now
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class RunFolder:
+    """One run on disk. ``run.json`` always tells the state: running, completed, failed or interrupted."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path, self.record = path, record
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        *,
+        kind: str,
+        config: Mapping[str, Any],
+        command: list[str],
+        environment: Mapping[str, Any],
+        folder_flag: str,
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> RunFolder:
+        """Make or reopen the folder. UsageError if it holds another run, UnavailableError if not writable."""
+        earlier = path / "run.json"
+        if earlier.exists():
+            found = read_json(earlier)
+            if found.get("kind") != kind:
+                raise UsageError(f"holds a run of another kind ({found.get('kind')})", where=path, fix=f"choose another {folder_flag}")
+            if not (overwrite or resume):
+                ways = "--resume to go on, --overwrite to replace it," if kind == "infer" else "--overwrite to replace it,"
+                raise UsageError(
+                    f"holds an earlier run ({found.get('status')})", where=path, fix=f"add {ways} or choose another {folder_flag}"
+                )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f".probe.{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UnavailableError(f"cannot write there ({error.strerror})", where=path, fix=f"choose another {folder_flag}") from None
+        if overwrite and not resume:
+            for name in RUN_FILES:
+                (path / name).unlink(missing_ok=True)
+            for name in ("best", "last"):
+                shutil.rmtree(path / name, ignore_errors=True)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "run_id": f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{os.getpid()}",
+            "kind": kind,
+            "status": "running",
+            "started_at": utc_now(),
+            "finished_at": None,
+            "command": command,
+            "config": dict(config),
+            "environment": dict(environment),
+        }
+        run = cls(path, record)
+        run.save()
+        return run
+
+    def save(self, **changes: Any) -> None:
+        self.record.update(changes)
+        write_json(self.path / "run.json", self.record)
+
+    def finish(self, status: str, **changes: Any) -> None:
+        self.save(status=status, finished_at=utc_now(), **changes)
+
+    def jsonl(self, name: str) -> JsonlWriter:
+        return JsonlWriter(self.path / name)

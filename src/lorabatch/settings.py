@@ -1,0 +1,225 @@
+"""From one dataclass to flags, TOML and help: the machinery behind ``lorabatch.config``.
+
+Precedence: flags over the TOML file over defaults. Anything unknown is an error that names the
+nearest known thing. Nothing here imports torch, so ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from lorabatch.errors import DataError, UsageError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ConfigType = TypeVar("ConfigType", bound="Settings")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that knows its help and its legal values."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "below": below, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of all configurations: values are checked when the object is made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def to_toml(self) -> str:
+        """The configuration as a TOML file that ``--config`` reads back to the same object."""
+        lines = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                value = list(value)
+            if value is None and field.default is not None:
+                value = "none"  # said, because silence would mean the default
+            text = f"# {field.name} is not set" if value is None else f"{field.name} = {json.dumps(value, ensure_ascii=False)}"
+            lines.append(text)
+        return "\n".join(lines) + "\n"
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    rule = field.metadata
+    if value is None or isinstance(value, (bool, tuple)):
+        return
+    where = f"--{field.name} {value}"
+    if rule["choices"] and value not in rule["choices"]:
+        raise UsageError("not a known choice", where=where, fix=nearest(str(value), rule["choices"]))
+    if isinstance(value, (int, float)):
+        if value != value or value in (float("inf"), float("-inf")):
+            raise UsageError("must be a finite number", where=where, fix="give a number")
+        for name, text, wrong in (
+            ("minimum", "at least", lambda bound: value < bound),
+            ("maximum", "at most", lambda bound: value > bound),
+            ("above", "more than", lambda bound: value <= bound),
+            ("below", "less than", lambda bound: value >= bound),
+        ):
+            if rule[name] is not None and wrong(rule[name]):
+                raise UsageError("out of range", where=where, fix=f"give a value of {text} {rule[name]}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises our one-line errors instead of printing a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, fix=f"see {self.prog} --help")
+
+
+def _value_type(annotation: Any) -> tuple[type, bool, bool]:
+    """``int | None`` -> (int, optional, not many); ``tuple[str, ...]`` -> (str, False, many)."""
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], False, True
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+        return inner[0], True, False
+    return annotation, False, False
+
+
+def _convert(name: str, text: str, kind: type, optional: bool) -> Any:
+    if optional and text.lower() in ("none", ""):
+        return None
+    if kind is bool:
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+        raise UsageError(f"'{text}' is neither true nor false", where=f"--{name}", fix="give true or false")
+    try:
+        return kind(text)
+    except ValueError:
+        article = "a whole number" if kind is int else "a number"
+        raise UsageError(f"'{text}' is not {article}", where=f"--{name}", fix=f"give {article}") from None
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], annotation: Any) -> None:
+    kind, _, many = _value_type(annotation)
+    words = [field.metadata["help"]]
+    if field.metadata["choices"]:
+        words.append("{" + ", ".join(field.metadata["choices"]) + "}")
+    if field.default not in (None, (), False):
+        shown = " ".join(field.default) if many else field.default
+        words.append(f"[{shown}]")
+    options: dict[str, Any] = {"help": " ".join(words).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": field.name}
+    if kind is bool:
+        options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+    elif many:
+        options |= {"nargs": "+", "metavar": "NAME"}
+    else:
+        options |= {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+    parser.add_argument(f"--{field.name}", **options)
+
+
+def _underscored(argv: list[str]) -> list[str]:
+    """``--lora-r=4`` -> ``--lora_r=4``: hyphen and underscore are the same; values stay as they are."""
+    fixed = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            flag, equals, value = word.partition("=")
+            word = "--" + flag[2:].replace("-", "_") + equals + value
+        fixed.append(word)
+    return fixed
+
+
+def parse(
+    config_class: type[ConfigType], argv: list[str], *, prog: str, command: str, positionals: dict[str, str] | None = None
+) -> tuple[ConfigType, dict[str, Any]]:
+    """Command line -> (configuration, positional values and the common switches).
+
+    Raises UsageError for anything unknown or out of range; SystemExit(0) after ``--help`` and
+    ``--print_config``.
+    """
+    parser = _Parser(prog=prog, description=config_class.__doc__, allow_abbrev=False)
+    for name, help_text in (positionals or {}).items():
+        parser.add_argument(name, help=help_text, nargs="+" if name.endswith("s") else None)
+    hints = typing.get_type_hints(config_class)
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    for field in fields.values():
+        _add_flag(parser, field, hints[field.name])
+    parser.add_argument("--config", metavar="FILE", help="TOML file with these settings; flags win over it")
+    parser.add_argument("--print_config", action="store_true", help="print the resulting settings as TOML and stop")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    known, unknown = parser.parse_known_args(_underscored(argv))
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.lstrip("-").partition("=")[0]
+            raise UsageError(f"unknown flag --{flag}", fix=nearest(flag, [*fields, "config", "print_config", "debug", "help"]))
+        raise UsageError(f"unexpected argument '{word}'", fix=f"see {prog} --help")
+    values = vars(known)
+    extras = {k: values.pop(k) for k in ("config", "print_config", "debug", *(positionals or {}))}
+    given: dict[str, Any] = {}
+    for name, text in values.items():
+        kind, optional, many = _value_type(hints[name])
+        given[name] = tuple(text) if many else _convert(name, text, kind, optional)
+    from_file = read_toml(config_class, Path(extras["config"]), command=command) if extras["config"] else {}
+    config = config_class(**(from_file | given))
+    if extras["print_config"]:
+        print(config.to_toml(), end="")
+        raise SystemExit(0)
+    return config, extras
+
+
+def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict[str, Any]:
+    """Settings from a TOML file: top-level keys, and those of the table ``[train]`` or ``[infer]``.
+
+    Tables of other commands are left alone, so that one file can describe a whole experiment.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("no such file", where=f"--config {path}", fix="check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise DataError(f"not a readable TOML file ({error})", where=path, fix="mend the line it names") from None
+    merged = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    commands = ("train", "infer", "fetch", "report")
+    for name in table:
+        if isinstance(table[name], dict) and name not in commands:
+            raise UsageError(f"unknown table [{name}]", where=path, fix=nearest(name, commands))
+    if command in table:
+        merged |= table[command]
+    hints = typing.get_type_hints(config_class)
+    for key, value in merged.items():
+        if key not in hints:
+            raise UsageError(f"unknown key '{key}'", where=path, fix=nearest(key, hints))
+        merged[key] = _typed(key, value, hints[key], path)
+    return merged
+
+
+def _typed(key: str, value: Any, annotation: Any, path: Path) -> Any:
+    kind, optional, many = _value_type(annotation)
+    if many:
+        items = value if isinstance(value, list) else [value]
+        if all(isinstance(item, kind) for item in items):
+            return tuple(items)
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return None if optional and value == "none" else value
+    raise UsageError(f"'{key}' must be of type {kind.__name__}, not {value!r}", where=path, fix="mend the value")

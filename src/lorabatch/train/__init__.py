@@ -1,0 +1,1 @@
+"""Training: schedule, evaluation, the loop, and the run that puts them together."""

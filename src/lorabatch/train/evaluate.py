@@ -1,0 +1,67 @@
+"""Loss, perplexity and bits per byte as sums over tokens, each supervised token exactly once.
+
+The figures do not depend on how documents are grouped: they are token sums, never means of
+batch means.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lorabatch.corpus.packing import pack
+from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
+from lorabatch.measure.statistics import bits_per_byte, perplexity
+
+
+class LossModel(Protocol):
+    """What training and evaluation need of a backend."""
+
+    def train(self, mode: bool = True) -> None: ...
+
+    def loss_sum(self, token_ids: Sequence[Tensor], first_targets: Sequence[int]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    loss: float  # mean negative log-likelihood per supervised token, nats
+    tokens: int
+    seconds: float
+    bits_per_byte: float | None
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "eval_loss": self.loss,
+            "perplexity": perplexity(self.loss),
+            "bits_per_byte": self.bits_per_byte,
+            "eval_tokens": self.tokens,
+            "eval_s": self.seconds,
+        }
+
+
+def blocks_of(documents: Sequence[TokenDocument], block_tokens: int) -> Iterator[tuple[list[Tensor], list[int]]]:
+    """Packed blocks as (token ids per document, first targets), ready for ``loss_sum``."""
+    for block in pack([d.num_tokens for d in documents], block_tokens):
+        chosen = [documents[i] for i in block]
+        yield [torch.from_numpy(d.token_ids) for d in chosen], [d.first_target for d in chosen]
+
+
+@torch.no_grad()
+def evaluate(
+    model: LossModel, corpus: TokenCorpus, *, block_tokens: int, stop_requested: Callable[[], bool] = lambda: False
+) -> EvalResult | None:
+    """Score a corpus; None if a stop was requested before the end."""
+    start = time.perf_counter()
+    model.train(False)
+    total = 0.0
+    for token_ids, first_targets in blocks_of(corpus.documents, block_tokens):
+        if stop_requested():
+            return None
+        total += float(model.loss_sum(token_ids, first_targets))
+    bits = bits_per_byte(total, corpus.target_bytes) if corpus.target_bytes else None
+    return EvalResult(total / corpus.num_targets, corpus.num_targets, time.perf_counter() - start, bits)
