@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabatch import __version__
-from lorabatch.config import FetchConfig, InferConfig, ReportConfig, TrainConfig
+from lorabatch.config import FetchConfig, InferConfig, MergeConfig, ReportConfig, TrainConfig
 from lorabatch.errors import LorabatchError, UsageError, nearest
 from lorabatch.settings import Settings, parse
 
@@ -23,6 +23,13 @@ def _infer(config: InferConfig, extras: dict[str, Any], command: list[str]) -> i
     from lorabatch.infer.run import run_inference
 
     return run_inference(config, command)
+
+
+def _merge(config: MergeConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.model.merge import merge_to_folder
+
+    print(merge_to_folder(config))
+    return 0
 
 
 def _fetch(config: FetchConfig, extras: dict[str, Any], command: list[str]) -> int:
@@ -47,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     "train": (TrainConfig, _train, {}),
     "infer": (InferConfig, _infer, {}),
     "report": (ReportConfig, _report, {"runs": "run folders: training and inference, in any order"}),
+    "merge": (MergeConfig, _merge, {}),
     "fetch": (FetchConfig, _fetch, {"name": "name on the hub, .gguf file, or smollm2-135m"}),
 }
 

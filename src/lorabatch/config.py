@@ -97,6 +97,16 @@ class InferConfig(Settings):
 
 
 @dataclass(frozen=True)
+class MergeConfig(Settings):
+    """Write a model folder with an adapter merged into the base, for tools that do not know adapters."""
+
+    base_model: str = setting("distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m")
+    adapter_dir: str | None = setting(None, "LoRA adapter in PEFT's format")
+    output_dir: str | None = setting(None, "folder to write; must not exist or be empty")
+    dtype: str = setting("auto", "type of the merged weights (auto: the base's own)", choices=DTYPES)
+
+
+@dataclass(frozen=True)
 class FetchConfig(Settings):
     """Download or convert a base model and write MANIFEST.json (revision, sizes, SHA-256)."""
 

@@ -108,7 +108,7 @@ def find_model(name: str, *, revision: str | None = None, download: bool = True)
 
 def _name_in(folder: Path) -> str | None:
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["name"]
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["name"])
     except (OSError, ValueError, KeyError):
         return None
 

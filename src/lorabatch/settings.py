@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import operator
 import sys
 import types
 import typing
@@ -22,6 +23,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+BOUNDS = (
+    ("minimum", "at least", operator.ge),
+    ("maximum", "at most", operator.le),
+    ("above", "more than", operator.gt),
+    ("below", "less than", operator.lt),
+)
 ConfigType = TypeVar("ConfigType", bound="Settings")
 
 
@@ -75,13 +82,8 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if isinstance(value, (int, float)):
         if value != value or value in (float("inf"), float("-inf")):
             raise UsageError("must be a finite number", where=where, fix="give a number")
-        for name, text, wrong in (
-            ("minimum", "at least", lambda bound: value < bound),
-            ("maximum", "at most", lambda bound: value > bound),
-            ("above", "more than", lambda bound: value <= bound),
-            ("below", "less than", lambda bound: value >= bound),
-        ):
-            if rule[name] is not None and wrong(rule[name]):
+        for name, text, holds in BOUNDS:
+            if rule[name] is not None and not holds(value, rule[name]):
                 raise UsageError("out of range", where=where, fix=f"give a value of {text} {rule[name]}")
 
 
@@ -123,9 +125,9 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], an
     words = [field.metadata["help"]]
     if field.metadata["choices"]:
         words.append("{" + ", ".join(field.metadata["choices"]) + "}")
-    if field.default not in (None, (), False):
-        shown = " ".join(field.default) if many else field.default
-        words.append(f"[{shown}]")
+    default: Any = field.default
+    if default not in (None, (), False):
+        words.append(f"[{' '.join(default) if many else default}]")
     options: dict[str, Any] = {"help": " ".join(words).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": field.name}
     if kind is bool:
         options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
@@ -198,7 +200,7 @@ def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"not a readable TOML file ({error})", where=path, fix="mend the line it names") from None
     merged = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    commands = ("train", "infer", "fetch", "report")
+    commands = ("train", "infer", "merge", "fetch", "report")
     for name in table:
         if isinstance(table[name], dict) and name not in commands:
             raise UsageError(f"unknown table [{name}]", where=path, fix=nearest(name, commands))

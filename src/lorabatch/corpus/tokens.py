@@ -67,9 +67,9 @@ def tokenise(
         if document.messages is not None:
             prompt_ids, text_ids = _chat_ids(tokenizer, document)
         elif document.prompt is not None:
-            prompt_ids, text_ids = next(prompts), next(completions) + [tokenizer.eos_token_id]
+            prompt_ids, text_ids = next(prompts), [*next(completions), tokenizer.eos_token_id]
         else:
-            prompt_ids, text_ids = [], next(ids) + [tokenizer.eos_token_id]
+            prompt_ids, text_ids = [], [*next(ids), tokenizer.eos_token_id]
         pieces, cut = _fit(prompt_ids, text_ids, max_len)
         num_split += len(pieces) > 1
         num_cut += cut
@@ -111,7 +111,7 @@ def _chat_ids(tokenizer: Any, document: Document) -> tuple[list[int], list[int]]
         )
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     text_ids = tokenizer(whole[len(prompt) :].rstrip("\n"), add_special_tokens=False)["input_ids"]
-    return prompt_ids, text_ids if tokenizer.eos_token_id in text_ids[-1:] else text_ids + [tokenizer.eos_token_id]
+    return prompt_ids, text_ids if tokenizer.eos_token_id in text_ids[-1:] else [*text_ids, tokenizer.eos_token_id]
 
 
 def _fit(prompt_ids: list[int], text_ids: list[int], max_len: int) -> tuple[list[list[int]], bool]:

@@ -35,7 +35,7 @@ class PackedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         pieces = (t.split(self.lengths) for t in (q, k, v))
-        return torch.cat([causal_attention(*one, window) for one in zip(*pieces, strict=True)])
+        return torch.cat([causal_attention(q1, k1, v1, window) for q1, k1, v1 in zip(*pieces, strict=True)])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:

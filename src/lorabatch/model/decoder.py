@@ -10,6 +10,7 @@ There is no batch axis and no padding. Which tokens see which is the business of
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -122,10 +123,11 @@ class Decoder(nn.Module):
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, 1, D / 2]: angles in fp32, result in the model's type."""
+        assert self._inv_freq is not None  # models without learned positions have it
         angles = positions.to(torch.float32)[:, None, None] * self._inv_freq
         return (angles.cos() * self.spec.rope_scale).to(self.dtype), (angles.sin() * self.spec.rope_scale).to(self.dtype)
 
     def linears(self) -> Iterator[FrozenLinear]:
         """The linear layers of all transformer layers, bottom to top, without the head."""
-        for layer in self.layers:
+        for layer in cast("Iterator[Layer]", iter(self.layers)):
             yield from (layer.qkv, layer.out, layer.up, layer.down)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -27,7 +28,7 @@ def usable_cores() -> int:
     if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
         found.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
     try:
-        quota, period = open("/sys/fs/cgroup/cpu.max", encoding="ascii").read().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         if quota != "max":
             found.append(max(1, int(quota) // int(period)))
     except (OSError, ValueError):

@@ -39,7 +39,9 @@ class HfModel:
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device, adapter_dir: Path | None = None) -> HfModel:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
         try:
             # An adapter is merged in fp32 and cast once, as the native backend does.
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if adapter_dir else dtype, local_files_only=True)

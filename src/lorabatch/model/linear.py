@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +191,8 @@ class _AdaptedProduct(torch.autograd.Function):
 def _parts(layer: FrozenLinear, tensors: Sequence[Tensor], low: Tensor) -> list[tuple[Part, Adapter, Tensor, Tensor]]:
     """(part, adapter, B, its columns of ``low`` [T, r]) for each adapted part."""
     found, column = [], 0
-    for (index, adapter), a, b in zip(layer.adapters.items(), tensors[0::2], tensors[1::2], strict=True):
+    adapters = cast("list[tuple[str, Adapter]]", list(layer.adapters.items()))
+    for (index, adapter), a, b in zip(adapters, tensors[0::2], tensors[1::2], strict=True):
         found.append((layer.parts[int(index)], adapter, b, low[:, column : column + a.shape[0]]))
         column += a.shape[0]
     return found

@@ -100,12 +100,13 @@ class AdapterSet:
         self.settings, self.pairs = settings, dict(pairs)
         parameters = [p for pair in self.pairs.values() for p in pair]
         self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).to(torch.float32) for p in parameters]))
-        self.flat.grad = torch.zeros_like(self.flat)
+        self.grad = torch.zeros_like(self.flat.data)
+        self.flat.grad = self.grad
         offset = 0
         for p in parameters:
             place = slice(offset, offset + p.numel())
             p.data = self.flat.data[place].view(p.shape)
-            p.grad = self.flat.grad[place].view(p.shape)
+            p.grad = self.grad[place].view(p.shape)
             offset += p.numel()
 
     @property
@@ -113,7 +114,7 @@ class AdapterSet:
         return self.flat.numel()
 
     def zero_grad(self) -> None:
-        self.flat.grad.zero_()
+        self.grad.zero_()
 
     def weights(self) -> LoraWeights:
         """A copy on the CPU, independent of further training."""

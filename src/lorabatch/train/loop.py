@@ -149,9 +149,7 @@ def _update(
         loss = model.loss_sum(token_ids, first_targets)
         (loss / targets).backward()
         loss_sum = loss_sum + loss.detach().cpu()
-    grad = adapters.flat.grad
-    assert grad is not None
-    norm = float(torch.linalg.vector_norm(grad))
+    norm = float(torch.linalg.vector_norm(adapters.grad))
     mean_loss = float(loss_sum) / targets  # the step's host synchronisation
     if not (math.isfinite(mean_loss) and math.isfinite(norm)):
         raise TrainingError(
@@ -160,7 +158,7 @@ def _update(
             fix="the adapter before this step is kept; lower --lr or use --dtype fp32",
         )
     if config.max_grad_norm and norm > config.max_grad_norm:
-        grad.mul_(config.max_grad_norm / norm)
+        adapters.grad.mul_(config.max_grad_norm / norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
