@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorabatch.model.attention import Attention
+from lorabatch.model.functional import rms_norm, rotate, swiglu
 from lorabatch.model.linear import FrozenLinear
 from lorabatch.model.spec import ModelSpec
 
@@ -31,7 +32,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Layer(nn.Module):
@@ -74,15 +75,8 @@ class Layer(nn.Module):
 
     def _activate(self, x: Tensor) -> Tensor:
         if self.spec.family == "llama":
-            gate, up = x.chunk(2, dim=-1)  # [T, M] each
-            return F.silu(gate) * up
+            return swiglu(x)
         return F.gelu(x, approximate="none" if self.spec.activation == "gelu" else "tanh")
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), halves layout: x [T, heads, D], cos and sin [T, 1, D / 2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,1 @@
+"""Reports from run folders. Reads records and nothing else; never imports torch."""

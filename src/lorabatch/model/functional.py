@@ -1,0 +1,97 @@
+"""Norm, rotary embedding and activation with backward passes that save little.
+
+Composed from torch's own operations, each of these keeps several fp32 copies of its input for the
+backward pass; on CPUs they are made of many passes over memory. Here each saves its input (which
+the next layer has saved anyway, or which is a view of it) and recomputes the rest. Weights are
+frozen, so only input gradients exist. Plain references: ``tests/test_functional.py``.
+
+Shapes: T tokens, H features, D head size, M intermediate size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (arXiv 1910.07467) over the last axis; fp32 inside, like transformers."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _RmsNorm.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()  # [..., 1]
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        scaled = (grad * weight).float()
+        unit = x.float().mul_(inverse)
+        scaled.addcmul_(unit, (scaled * unit).mean(-1, keepdim=True), value=-1)
+        return scaled.mul_(inverse).to(x.dtype), None, None
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` of [T, 2M] = [gate, up] (arXiv 2002.05202) -> [T, M]."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _SwiGlu.apply(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        gate_grad, up_grad = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=up_grad)
+        gate_grad.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864), halves layout: x [T, heads, D], cos and sin [T, 1, D / 2]."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotate.apply(x, cos, sin)
+    return _rotated(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation by the opposite angle: nothing of x is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = x.shape[-1] // 2
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out

@@ -1,0 +1,198 @@
+"""Run folders -> typed records: all that a report knows.
+
+A run that was killed or failed has no ``metrics.json``; it still loads, and its figures are None.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lorabatch.errors import DataError
+from lorabatch.records import SCHEMA_VERSION, read_json, read_jsonl
+
+Record = dict[str, Any]
+T = TypeVar("T")
+TYPES: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # not allowed in HTML or not encodable; tab and newline stay
+
+
+@dataclass(frozen=True)
+class Step:
+    step: int
+    loss: float
+    lr: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    step: int
+    eval_loss: float
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the machine did, about once a second."""
+
+    t_s: float
+    cpu_percent: float | None
+    rss_bytes: float | None
+    gpu_util_percent: float | None
+    gpu_memory_bytes: float | None
+    gpu_power_w: float | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    id: str
+    index: int
+    prompt: str
+    text: str
+    output_tokens: int
+    finish_reason: str | None
+    ttft_ms: float | None
+    e2el_ms: float | None
+    truncated: str | None
+    error: str | None
+
+    @property
+    def tpot_ms(self) -> float | None:
+        if self.ttft_ms is None or self.e2el_ms is None or self.output_tokens < 2:
+            return None
+        return (self.e2el_ms - self.ttft_ms) / (self.output_tokens - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What both kinds of run have. ``label`` is unique within a report."""
+
+    label: str
+    path: Path
+    record: Record
+    metrics: Record | None
+    samples: list[Sample]
+
+    @property
+    def status(self) -> str:
+        return str(self.record["status"])
+
+    @property
+    def config(self) -> Record:
+        return dict(self.record["config"])
+
+    @property
+    def environment(self) -> Record:
+        return dict(self.record["environment"])
+
+    @property
+    def model(self) -> Record:
+        """Name and size of the base; empty when the run ended before the model was loaded."""
+        return dict(self.record.get("model") or {})
+
+    def metric(self, name: str) -> float | None:
+        value = (self.metrics or {}).get(name)
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun(Run):
+    steps: list[Step]
+    evals: list[Evaluation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferRun(Run):
+    completions: list[Completion]  # in input order
+
+    @property
+    def adapter(self) -> str | None:
+        """Folder of the adapter, None for the base model alone."""
+        named = self.model.get("adapter") if self.model else self.config.get("adapter_dir")
+        return None if named in (None, "none") else str(named)
+
+
+def load_runs(paths: Sequence[Path]) -> list[TrainRun | InferRun]:
+    """Training runs first, each kind in the given order. Raises DataError for what is not a run folder."""
+    folders = list({path.resolve(): path for path in paths}.values())
+    records = [_run_record(path) for path in folders]
+    hosts = {record["environment"].get("host") for record in records}
+    names = [path.resolve().name for path in folders]
+    often = Counter(names)
+    runs: list[TrainRun | InferRun] = []
+    for path, name, record in zip(folders, names, records, strict=True):
+        label = name if often[name] == 1 else str(path)
+        if len(hosts) > 1:
+            label += f" @ {record['environment'].get('host')}"
+        runs.append(_load(path, _clean(label), record))
+    return sorted(runs, key=lambda run: isinstance(run, InferRun))
+
+
+def _run_record(path: Path) -> Record:
+    fix = "give folders that lorabatch train or lorabatch infer wrote"
+    if not path.is_dir():
+        raise DataError("no such folder", where=path, fix=fix)
+    if not (path / "run.json").is_file():
+        raise DataError("not a run folder (no run.json in it)", where=path, fix=fix)
+    record: Record = _clean(read_json(path / "run.json"))
+    if record.get("kind") not in ("train", "infer"):
+        raise DataError(f"a run of unknown kind ({record.get('kind')!r})", where=path / "run.json", fix=fix)
+    if (record.get("schema_version") or 0) > SCHEMA_VERSION:
+        raise DataError("written by a newer lorabatch", where=path / "run.json", fix="update lorabatch")
+    kinds = {"status": str, "config": dict, "environment": dict, "command": list}
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind):
+            raise DataError(f"'{name}' is missing or not of type {kind.__name__}", where=path / "run.json", fix="restore the file")
+    return record
+
+
+def _load(path: Path, label: str, record: Record) -> TrainRun | InferRun:
+    metrics = _clean(read_json(path / "metrics.json")) if (path / "metrics.json").exists() else None
+    common: dict[str, Any] = {"label": label, "path": path, "record": record, "metrics": metrics}
+    common["samples"] = _last_session(_read(path / "system.jsonl", Sample))
+    if record["kind"] == "train":
+        events = path / "events.jsonl"
+        return TrainRun(**common, steps=_read(events, Step, event="step"), evals=_read(events, Evaluation, event="eval"))
+    return InferRun(**common, completions=sorted(_read(path / "completions.jsonl", Completion), key=lambda c: c.index))
+
+
+def _read(path: Path, kind: type[T], *, event: str | None = None) -> list[T]:
+    """The lines of a JSONL file as ``kind``; with ``event``, only those of that event."""
+    lines = enumerate(read_jsonl(path), start=1)
+    return [
+        _typed(kind, _clean(r), f"{path}:{n}") for n, r in lines if not event or not isinstance(r, dict) or r.get("event", event) == event
+    ]
+
+
+def _typed(kind: type[T], record: object, where: str) -> T:
+    """A line as a dataclass, its fields checked against the annotations."""
+    if not isinstance(record, dict):
+        raise DataError("not a JSON object", where=where, fix="restore or remove the file")
+    values = {}
+    for field in fields(kind):  # type: ignore[arg-type]  # always one of the dataclasses above
+        name, _, optional = str(field.type).partition(" | ")
+        value = record.get(field.name)
+        if (value is None and not optional) or (value is not None and (not isinstance(value, TYPES[name]) or isinstance(value, bool))):
+            raise DataError(f"'{field.name}' is {value!r}, not of type {name}", where=where, fix="restore or remove the file")
+        values[field.name] = value
+    return kind(**values)
+
+
+def _last_session(samples: list[Sample]) -> list[Sample]:
+    """A resumed run appends a second clock that starts at zero; ``metrics.json`` covers the last one too."""
+    starts = [i for i in range(1, len(samples)) if samples[i].t_s < samples[i - 1].t_s]
+    return samples[starts[-1] :] if starts else samples
+
+
+def _clean(value: Any) -> Any:
+    """The record with every unprintable character replaced, so that no output format breaks on it."""
+    if isinstance(value, str):
+        return UNPRINTABLE.sub("\ufffd", value.replace("\r\n", "\n"))
+    if isinstance(value, dict):
+        return {_clean(k): _clean(v) for k, v in value.items()}
+    return [_clean(v) for v in value] if isinstance(value, list) else value
