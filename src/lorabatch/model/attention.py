@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +34,63 @@ class PackedAttention:
         self.lengths = list(lengths)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        if q.device.type == "cpu" and (window is None or max(self.lengths) <= window):
+            if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+                return _PackedFlash.apply(q, k, v, self.lengths)
+            return _packed_flash(q, k, v, self.lengths)[0]
         pieces = (t.split(self.lengths) for t in (q, k, v))
         return torch.cat([causal_attention(q1, k1, v1, window) for q1, k1, v1 in zip(*pieces, strict=True)])
+
+
+class _PackedFlash(torch.autograd.Function):
+    """torch's fused CPU attention, called once per document on views of the packed tensors.
+
+    Through ``scaled_dot_product_attention`` each document would cost copies: shared key/value
+    heads repeated, results concatenated, gradients split. Here they are read through a zero stride
+    and written in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        out, log_sums = _packed_flash(q, k, v, lengths)
+        ctx.save_for_backward(q, k, v, out, *log_sums)
+        ctx.lengths = lengths
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, *log_sums = ctx.saved_tensors
+        q_grad, k_grad, v_grad = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+        places = zip(*(t.split(ctx.lengths) for t in (q, k, v, out, grad.contiguous(), q_grad, k_grad, v_grad)), log_sums, strict=True)
+        for q1, k1, v1, out1, grad1, q1_grad, k1_grad, v1_grad, log_sum in places:
+            groups = k1.shape[1]
+            q4, k4, v4 = _grouped(q1, groups), _grouped(k1, groups, q1), _grouped(v1, groups, q1)
+            out4, grad4 = (_grouped(t.view(q1.shape), groups) for t in (out1, grad1))
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad4, q4, k4, v4, out4, log_sum, 0.0, True)
+            _grouped(q1_grad, groups).copy_(dq)
+            k1_grad.copy_(dk.sum(1).transpose(0, 1))
+            v1_grad.copy_(dv.sum(1).transpose(0, 1))
+        return q_grad, k_grad, v_grad, None
+
+
+def _packed_flash(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """(outputs [T, N * D], one log-sum-exp tensor a document)."""
+    out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype)
+    log_sums = []
+    for q1, k1, v1, out1 in zip(*(t.split(lengths) for t in (q, k, v, out)), strict=True):
+        groups = k1.shape[1]
+        inputs = _grouped(q1, groups), _grouped(k1, groups, q1), _grouped(v1, groups, q1)
+        result, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*inputs, 0.0, True)
+        _grouped(out1.view(q1.shape), groups).copy_(result)
+        log_sums.append(log_sum)
+    return out, log_sums
+
+
+def _grouped(x: Tensor, groups: int, like: Tensor | None = None) -> Tensor:
+    """View one document's [L, heads, D] as [K, G, L, D]; keys and values (``like`` q) are shared by a zero stride."""
+    length, heads, dim = x.shape
+    view = x.view(length, groups, heads // groups, dim).permute(1, 2, 0, 3)
+    return view if like is None else view.expand(groups, like.shape[1] // groups, length, dim)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:

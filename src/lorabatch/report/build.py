@@ -1,0 +1,62 @@
+"""``lorabatch report``: run folders in, ``RELATORIO.md`` (with ``fig/*.svg``) and ``report.html`` out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lorabatch.config import ReportConfig
+from lorabatch.errors import UnavailableError
+from lorabatch.report.blocks import Document, Plot
+from lorabatch.report.figures import themed
+from lorabatch.report.load import load_runs
+from lorabatch.report.markdown import markdown
+from lorabatch.report.sections import document
+from lorabatch.report.words import Words
+
+
+def build_report(paths: Sequence[Path], config: ReportConfig) -> list[Path]:
+    """Write both reports and return their paths. RELATORIO.md is Portuguese whatever ``config.language`` says."""
+    runs = load_runs(paths)
+    portuguese = document(Words("pt"), runs)
+    page = portuguese if config.language == "pt" else document(Words(config.language), runs)
+    folder = Path(config.output_dir)
+    try:
+        (folder / "fig").mkdir(parents=True, exist_ok=True)
+        for plot in portuguese.plots:
+            write_text(folder / "fig" / f"{plot.name}.svg", themed(plot, page=False))
+        write_text(folder / "RELATORIO.md", markdown(portuguese))
+        write_text(folder / "report.html", html_page(page))
+    except OSError as error:
+        raise UnavailableError(f"cannot write there ({error.strerror})", where=folder, fix="choose another --output_dir") from None
+    return [folder / "RELATORIO.md", folder / "report.html"]
+
+
+def html_page(page: Document) -> str:
+    """One self-contained page; the template escapes every text, and only our own drawings pass as markup."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    def drawing(plot: Plot) -> Markup:
+        return Markup(themed(plot, page=True))
+
+    return environment.get_template("report.html.j2").render(page=page, kind=lambda block: type(block).__name__, drawing=drawing) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` atomically, as ``records.write_json`` does."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,241 @@
+"""Tables as pure functions of the records: one row a quantity, one column a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lorabatch.measure.statistics import PERCENTILES
+from lorabatch.report.blocks import Cell, Mono, Table
+from lorabatch.report.load import InferRun, Run, TrainRun
+from lorabatch.report.words import Words
+from lorabatch.settings import Settings
+
+Show = Callable[[Any], Cell]  # a run -> its cell
+TRAIN_METRICS = {
+    "steps": "",
+    "train_s": "s",
+    "epoch_s": "s",
+    "p50_step_ms": "ms",
+    "p95_step_ms": "ms",
+    "steps_per_min": "steps/min",
+    "tokens_per_s": "tokens/s",
+    "total_tokens": "",
+    "target_tokens": "",
+    "loss": "nats/token",
+    "eval_loss_before": "nats/token",
+    "eval_loss": "nats/token",
+    "perplexity": "",
+    "bits_per_byte_before": "bits/byte",
+    "bits_per_byte": "bits/byte",
+    "best_step": "",
+}
+INFER_METRICS = {
+    "iterations": "",
+    "completed": "",
+    "failed": "",
+    "total_input_tokens": "",
+    "total_output_tokens": "",
+    "startup_s": "s",
+    "duration_s": "s",
+    "output_throughput": "tokens/s",
+    "tokens_per_s_including_startup": "tokens/s",
+    "total_token_throughput": "tokens/s",
+    "request_throughput": "requests/s",
+    "prefill_tokens_per_s": "tokens/s",
+    "decode_tokens_per_s": "tokens/s",
+    "mean_running": "",
+    "max_running": "",
+}
+LATENCIES = ("queue_ms", "ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
+MACHINE_METRICS = {
+    "peak_memory_bytes": "bytes",
+    "max_rss_bytes": "bytes",
+    "cpu_percent": "%",
+    "gpu_util_percent": "%",
+    "max_gpu_memory_bytes": "bytes",
+    "gpu_power_w": "W",
+    "energy_j": "J",
+    "read_bytes_per_s": "bytes/s",
+    "write_bytes_per_s": "bytes/s",
+    "sampler_cpu_s": "s",
+}
+PHASES = ("import_s", "tokenise_s", "load_s", "loop_s", "save_s")
+DATA_COUNTS = ("documents_read", "documents", "split", "cut", "dropped", "tokens", "target_tokens", "median_tokens", "longest_tokens")
+
+
+def run_table(words: Words, runs: Sequence[Run], rows: Sequence[tuple[str, Show]], *, numeric: bool = True) -> Table:
+    body: list[list[Cell]] = [[name, *(show(run) for run in runs)] for name, show in rows]
+    return Table([words("quantity"), *(run.label for run in runs)], body, numeric)
+
+
+def metric(words: Words, name: str, unit: str) -> Show:
+    return lambda run: words.quantity(run.metric(name), unit)
+
+
+def metric_rows(words: Words, metrics: dict[str, str]) -> list[tuple[str, Show]]:
+    return [(words(name), metric(words, name, unit)) for name, unit in metrics.items()]
+
+
+def overview(words: Words, runs: Sequence[Run]) -> Table:
+    def shown(value: object) -> str:
+        return words("unknown") if value is None else str(value)
+
+    rows: list[tuple[str, Show]] = [
+        (words("kind"), lambda run: words(run.record["kind"])),
+        (words("status"), lambda run: status(words, run)),
+        (words("host"), lambda run: shown(run.environment.get("host"))),
+        (words("started"), lambda run: shown(run.record.get("started_at"))),
+        (words("finished"), lambda run: shown(run.record.get("finished_at"))),
+        (words("folder"), lambda run: Mono(str(run.path))),
+    ]
+    return run_table(words, runs, rows, numeric=False)
+
+
+def status(words: Words, run: Run) -> str:
+    known = ("completed", "failed", "interrupted", "running")
+    return words(f"{run.status}_status") if run.status in known else run.status
+
+
+def environment(words: Words, runs: Sequence[Run]) -> Table:
+    """One column for each distinct environment, headed by the runs that share it."""
+
+    def rows(run: Run) -> list[tuple[str, Cell]]:
+        env, record = run.environment, run.record
+        text = {k: words("unknown") if env.get(k) is None else str(env[k]) for k in ("host", "os", "cpu", "python")}
+        cores = words("cores_value", usable=env.get("usable_cores", "?"), logical=env.get("logical_cores", "?"))
+        gpu = record.get("gpu") or {}
+        parts = {k: record.get(k) for k in ("dtype", "device", "threads", "backend")}
+        ran = words("execution_value", **parts) if all(v is not None for v in parts.values()) else words("unknown")
+        slurm = ", ".join(f"{k} {v}" for k, v in (env.get("slurm") or {}).items())
+        return [
+            (words("host"), text["host"]),
+            (words("os"), text["os"]),
+            (words("cpu"), text["cpu"]),
+            (words("cores"), cores),
+            (words("memory"), words.quantity(env.get("memory_bytes"), "bytes")),
+            (words("gpu"), ", ".join(str(v) for v in _gpu_parts(words, gpu)) if gpu else words("no_gpu")),
+            (words("execution"), ran),
+            ("Python", text["python"]),
+            *((name, version or words("unknown")) for name, version in (env.get("packages") or {}).items()),
+            (words("commit"), _commit(words, env.get("git"))),
+            (words("slurm"), slurm or words("no_slurm")),
+        ]
+
+    columns: dict[tuple[tuple[str, Cell], ...], list[str]] = {}
+    for run in runs:
+        columns.setdefault(tuple(rows(run)), []).append(run.label)
+    names = list(dict.fromkeys(name for column in columns for name, _ in column))
+    body: list[list[Cell]] = [[name, *(dict(column).get(name, words("unknown")) for column in columns)] for name in names]
+    return Table([words("quantity"), *(", ".join(labels) for labels in columns.values())], body, numeric=False)
+
+
+def _gpu_parts(words: Words, gpu: dict[str, Any]) -> list[str]:
+    return [
+        str(gpu.get("name")),
+        words.quantity(gpu.get("memory_bytes"), "bytes"),
+        f"compute capability {gpu.get('capability')}",
+        f"CUDA {gpu.get('cuda')}",
+    ]
+
+
+def _commit(words: Words, git: dict[str, Any] | None) -> Cell:
+    if not git:
+        return words("no_commit")
+    return words("dirty", commit=git["commit"]) if git.get("dirty") else Mono(git["commit"])
+
+
+def settings(words: Words, runs: Sequence[Run], config_class: type[Settings]) -> Table:
+    """Every setting with its default; a value that differs from it is strong."""
+    defaults = config_class().to_dict()
+    names = [*defaults, *dict.fromkeys(name for run in runs for name in run.config if name not in defaults)]
+
+    def cell(run: Run, name: str) -> Mono:
+        known = name in run.config
+        strong = known and run.config[name] != defaults.get(name)
+        return Mono(_setting_text(words, run.config[name]) if known else words("unknown"), strong)
+
+    def default(name: str) -> Mono:
+        return Mono(_setting_text(words, defaults[name]) if name in defaults else words("unknown"))
+
+    rows: list[list[Cell]] = [[Mono(name), default(name), *(cell(run, name) for run in runs)] for name in names]
+    return Table([words("setting"), words("default"), *(run.label for run in runs)], rows, numeric=False)
+
+
+def _setting_text(words: Words, value: object) -> str:
+    """As it would be typed after the flag."""
+    if value is None or value == []:
+        return words("not_set")
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(str(v) for v in value) if isinstance(value, list) else str(value)
+
+
+def data(words: Words, runs: Sequence[TrainRun]) -> Table | None:
+    parts = [
+        (words(f"{part}_part", run=run.label), record)
+        for run in runs
+        for part in ("train", "val")
+        if (record := (run.record.get("data") or {}).get(part))
+    ]
+    if not parts:
+        return None
+    rows: list[list[Cell]] = [[words(name), *(words.number(record.get(name)) for _, record in parts)] for name in DATA_COUNTS]
+    return Table([words("quantity"), *(head for head, _ in parts)], rows)
+
+
+def training(words: Words, runs: Sequence[TrainRun]) -> Table:
+    return run_table(words, runs, metric_rows(words, TRAIN_METRICS))
+
+
+def inference(words: Words, runs: Sequence[InferRun]) -> Table:
+    def reasons(run: InferRun) -> str:
+        return " / ".join(words.number(sum(c.finish_reason == reason for c in run.completions)) for reason in ("stop", "length"))
+
+    return run_table(words, runs, [*metric_rows(words, INFER_METRICS), (words("finish_reasons"), reasons)])
+
+
+def latency(words: Words, runs: Sequence[InferRun]) -> Table:
+    names = [(f"{words(name)} p{p}", f"p{p}_{name}") for name in LATENCIES for p in PERCENTILES]
+    names += [(f"{words('batch_latency')} p{p}", f"batch_latency_p{p}_ms") for p in (50, 95)]
+    return run_table(words, runs, [(label, metric(words, name, "ms")) for label, name in names])
+
+
+def efficiency(words: Words, runs: Sequence[Run]) -> Table:
+    """Shares always beside what they are shares of; a dash where a quantity does not exist for a kind of run."""
+
+    def share(name: str, ceiling: str, unit: str, kind: type[Run]) -> Show:
+        def cell(run: Run) -> str:
+            part, whole = run.metric(name), run.metric(ceiling)
+            if not isinstance(run, kind):
+                return words("not_applicable")
+            if part is None or whole is None:
+                return words("not_measured")
+            achieved = words.quantity(part * whole, unit)
+            return words("share_of", value=achieved, ceiling=words.quantity(whole, unit), share=words.quantity(part, "share"))
+
+        return cell
+
+    def padding(run: Run) -> str:
+        return words.quantity(run.metric("padding_share"), "share") if isinstance(run, TrainRun) else words("not_applicable")
+
+    rows = [
+        (words("mfu"), share("mfu", "measured_flops_per_s", "flop/s", TrainRun)),
+        (words("mbu"), share("mbu", "measured_bytes_per_s", "bytes/s", InferRun)),
+        (words("padding_share"), padding),
+        *metric_rows(words, MACHINE_METRICS),
+    ]
+    return run_table(words, runs, rows)
+
+
+def phases(words: Words, runs: Sequence[TrainRun]) -> Table:
+    def seconds(name: str) -> Show:
+        return lambda run: words.quantity(((run.metrics or {}).get("phases") or {}).get(name), "s")
+
+    table = run_table(words, runs, [(words(name), seconds(name)) for name in PHASES])
+    return Table([words("phase"), *table.head[1:]], table.rows)
+
+
+def failures(words: Words, failed: Sequence[tuple[str, str, str]]) -> Table:
+    """(run, request, error) triples."""
+    return Table([words("run"), words("id"), words("error")], [[run, Mono(id), error] for run, id, error in failed], numeric=False)
