@@ -1,0 +1,104 @@
+"""A download from a hub, against a small hub of our own on the loopback interface."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SRC = Path(__file__).parents[1] / "src"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The three endpoints that a snapshot download asks for: repository, tree, file."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    requested: ClassVar[list[str]] = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def answer(self, *, with_body):
+        path = self.path.split("?")[0]
+        self.requested.append(path)
+        if path.startswith("/api/models/org/tiny/revision/"):
+            siblings = [{"rfilename": name} for name in self.files]
+            return self.send(json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode(), {}, with_body)
+        if path.startswith("/api/models/org/tiny/tree/"):
+            tree = [{"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for n, c in self.files.items()]
+            return self.send(json.dumps(tree).encode(), {}, with_body)
+        name = path.removeprefix(f"/org/tiny/resolve/{COMMIT}/")
+        if name not in self.files:
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        content = self.files[name]
+        return self.send(content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, with_body)
+
+    def send(self, content, headers, with_body):
+        self.send_response(200)
+        for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tiny_llama_dir):
+    Hub.files = {p.name: p.read_bytes() for p in Path(tiny_llama_dir).iterdir() if p.is_file()} | {
+        "notes.md": b"not needed",
+        "pytorch_model.bin": b"x",
+    }
+    Hub.requested = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def fetch(*flags, endpoint, home, offline="0"):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "HTTP", "http"))}
+    environment |= {"PYTHONPATH": str(SRC), "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "NO_PROXY": "*"}
+    command = [sys.executable, "-m", "lorabatch", "fetch", *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_fetch_downloads_what_a_model_needs_and_then_works_offline(hub, tmp_path):
+    copy = tmp_path / "copy"
+    first = fetch("org/tiny", "--to", str(copy), endpoint=hub, home=tmp_path / "home")
+    assert first.returncode == 0, first.stderr
+    manifest = json.loads((copy / "MANIFEST.json").read_text())
+    assert manifest["revision"] == COMMIT and manifest["name"] == "org/tiny"
+    assert (copy / "model.safetensors").read_bytes() == Hub.files["model.safetensors"]
+    assert manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(Hub.files["model.safetensors"]).hexdigest()
+    assert not (copy / "notes.md").exists() and not (copy / "pytorch_model.bin").exists()
+
+    count = len(Hub.requested)
+    again = fetch("org/tiny", endpoint=hub, home=tmp_path / "home", offline="1")
+    assert again.returncode == 0, again.stderr
+    assert COMMIT in again.stdout
+    assert len(Hub.requested) == count, "a cached model asked the hub"
+
+
+def test_a_name_that_the_hub_does_not_have_is_one_line_and_69(hub, tmp_path):
+    result = fetch("org/other", endpoint=hub, home=tmp_path / "home")
+    assert result.returncode == 69
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and "org/other" in lines[0] and "lorabatch fetch org/other" in lines[0], result.stderr
