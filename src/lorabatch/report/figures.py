@@ -22,6 +22,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # 
 DASHES = ("-", "--", ":", "-.")  # and no two of the first 24 lines look alike without colour and dash
 INK, PAPER = "#0b0c0d", "#fafbfc"
 MAX_POINTS = 1000
+LEGEND_WIDTH = 100  # characters that fit into one line
 STYLE = {
     "svg.hashsalt": "lorabatch",
     "svg.fonttype": "none",
@@ -147,9 +148,12 @@ def _canvas(words: Words, *, rows: int = 1, columns: int = 1, height: float, rat
 
 def _plot(words: Words, figure: Any, legend_of: Any, name: str, points: int, *, alt: str = "") -> Plot:
     """Add the legend, write the SVG, and caption it. Called inside ``_canvas``, whose style holds until then."""
-    handles, labels = legend_of.get_legend_handles_labels()
+    handles = [line for line in legend_of.get_lines() if not line.get_label().startswith("_child")]
+    labels = [str(line.get_label()) for line in handles]
     if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(len(handles), 4))
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols=max(1, min(len(labels), LEGEND_WIDTH // (6 + max(map(len, labels)))))
+        )
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()

@@ -142,12 +142,12 @@ def _run_record(path: Path) -> Record:
     record: Record = _clean(read_json(path / "run.json"))
     if record.get("kind") not in ("train", "infer"):
         raise DataError(f"a run of unknown kind ({record.get('kind')!r})", where=path / "run.json", fix=fix)
-    if (record.get("schema_version") or 0) > SCHEMA_VERSION:
-        raise DataError("written by a newer lorabatch", where=path / "run.json", fix="update lorabatch")
-    kinds = {"status": str, "config": dict, "environment": dict, "command": list}
+    kinds = {"schema_version": int, "status": str, "config": dict, "environment": dict, "command": list}
     for name, kind in kinds.items():
         if not isinstance(record.get(name), kind):
             raise DataError(f"'{name}' is missing or not of type {kind.__name__}", where=path / "run.json", fix="restore the file")
+    if record["schema_version"] > SCHEMA_VERSION:
+        raise DataError("written by a newer lorabatch", where=path / "run.json", fix="update lorabatch")
     return record
 
 
@@ -163,21 +163,24 @@ def _load(path: Path, label: str, record: Record) -> TrainRun | InferRun:
 
 def _read(path: Path, kind: type[T], *, event: str | None = None) -> list[T]:
     """The lines of a JSONL file as ``kind``; with ``event``, only those of that event."""
-    lines = enumerate(read_jsonl(path), start=1)
-    return [
-        _typed(kind, _clean(r), f"{path}:{n}") for n, r in lines if not event or not isinstance(r, dict) or r.get("event", event) == event
-    ]
+    found = []
+    for number, line in enumerate(read_jsonl(path), start=1):
+        where = f"{path}:{number}"
+        if not isinstance(line, dict):
+            raise DataError("not a JSON object", where=where, fix="restore or remove the file")
+        if event is None or line.get("event") == event:
+            found.append(_typed(kind, _clean(line), where))
+    return found
 
 
-def _typed(kind: type[T], record: object, where: str) -> T:
+def _typed(kind: type[T], record: Record, where: str) -> T:
     """A line as a dataclass, its fields checked against the annotations."""
-    if not isinstance(record, dict):
-        raise DataError("not a JSON object", where=where, fix="restore or remove the file")
     values = {}
     for field in fields(kind):  # type: ignore[arg-type]  # always one of the dataclasses above
         name, _, optional = str(field.type).partition(" | ")
         value = record.get(field.name)
-        if (value is None and not optional) or (value is not None and (not isinstance(value, TYPES[name]) or isinstance(value, bool))):
+        fits = isinstance(value, TYPES[name]) and not isinstance(value, bool)
+        if not (fits or (optional and value is None)):
             raise DataError(f"'{field.name}' is {value!r}, not of type {name}", where=where, fix="restore or remove the file")
         values[field.name] = value
     return kind(**values)

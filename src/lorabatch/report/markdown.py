@@ -51,9 +51,7 @@ def _block(block: Block) -> str:
     if isinstance(block, Plot):
         return f"![{escaped(block.alt)}](fig/{block.name}.svg)\n\n*{escaped(block.caption)}*"
     if isinstance(block, KeyFigures):
-        return "\n".join(
-            f"- {escaped(f.name)}: **{escaped(f.value)}**" + (f" ({escaped(f.note)})" if f.note else "") for f in block.figures
-        )
+        return "\n".join(f"- {escaped(f.name)}: **{escaped(f.value)}**" + (f"; {escaped(f.note)}" if f.note else "") for f in block.figures)
     if isinstance(block, Examples):
         heads = ["id", block.prompt_head, *(head for head, _ in block.items[0].answers)]
         return _table(Table(heads, [[Mono(e.name), e.prompt, *(text for _, text in e.answers)] for e in block.items], numeric=False))

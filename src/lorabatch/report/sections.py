@@ -68,8 +68,7 @@ def _trained(words: Words, run: TrainRun) -> str:
         share=words.quantity(run.model.get("trainable_share"), "share"),
         total=words.number(trainable + base if trainable is not None and base is not None else None),
         documents=words.number(documents),
-        steps=words.number(run.metric("steps")),
-        planned=words.number(run.metric("planned_steps")),
+        steps=words.number(len(run.steps)),
         machine=_machine(words, run),
     )
 
@@ -78,7 +77,7 @@ def _inferred(words: Words, run: InferRun) -> str:
     return words(
         "inferred",
         run=run.label,
-        completed=words.number(run.metric("completed")),
+        completed=words.number(sum(c.error is None for c in run.completions)),
         base=_base(words, run),
         adapter=words("with_adapter", adapter=run.adapter) if run.adapter else words("without_adapter"),
         batch=run.config.get("batch_size"),
@@ -88,29 +87,33 @@ def _inferred(words: Words, run: InferRun) -> str:
 
 
 def _key_training(words: Words, run: TrainRun) -> list[KeyFigure]:
-    before, after = run.metric("bits_per_byte_before"), run.metric("bits_per_byte")
-    note = ""
+    before, after, rate = run.metric("bits_per_byte_before"), run.metric("bits_per_byte"), run.metric("tokens_per_s")
+    change, note = words("not_measured"), ""
     if before and after is not None:
-        difference, share = words.number(after - before, 4), words.quantity((after - before) / before, "share")
-        note = words("key_bits_note", difference=difference, share=share, before=words.number(before, 4))
-    change = f"{words.number(before, 4)} → {words.number(after, 4)}" if before is not None or after is not None else words("not_measured")
-    rate = words.quantity(run.metric("tokens_per_s"), "tokens/s")
-    step = words("key_train_note", step=words.quantity(run.metric("p50_step_ms"), "ms"))
-    return [KeyFigure(words("key_bits", run=run.label), change, note), KeyFigure(words("key_train", run=run.label), rate, step)]
+        change = f"{words.number(before, 4)} → {words.number(after, 4)}"
+        share = words.quantity((after - before) / before, "share")
+        note = words("key_bits_note", difference=words.number(after - before, 4), share=share, before=words.number(before, 4))
+    step = words("key_train_note", step=words.quantity(run.metric("p50_step_ms"), "ms")) if rate is not None else ""
+    return [
+        KeyFigure(words("key_bits", run=run.label), change, note),
+        KeyFigure(words("key_train", run=run.label), words.quantity(rate, "tokens/s"), step),
+    ]
 
 
 def _key_inference(words: Words, run: InferRun) -> list[KeyFigure]:
-    whole = words.quantity(run.metric("tokens_per_s_including_startup"), "tokens/s")
-    startup = words("key_output_note", whole=whole, startup=words.quantity(run.metric("startup_s"), "s"))
-    p50, p95 = (words.quantity(run.metric(f"p{p}_e2el_ms"), "ms") for p in (50, 95))
+    rate, time = run.metric("output_throughput"), run.metric("p50_e2el_ms")
+    whole, startup = words.quantity(run.metric("tokens_per_s_including_startup"), "tokens/s"), words.quantity(run.metric("startup_s"), "s")
+    rate_note = words("key_output_note", whole=whole, startup=startup) if rate is not None else ""
+    time_note = words("key_latency_note", p95=words.quantity(run.metric("p95_e2el_ms"), "ms")) if time is not None else ""
     return [
-        KeyFigure(words("key_output", run=run.label), words.quantity(run.metric("output_throughput"), "tokens/s"), startup),
-        KeyFigure(words("key_latency", run=run.label), p50, words("key_latency_note", p95=p95)),
+        KeyFigure(words("key_output", run=run.label), words.quantity(rate, "tokens/s"), rate_note),
+        KeyFigure(words("key_latency", run=run.label), words.quantity(time, "ms"), time_note),
     ]
 
 
 def _methodology(words: Words, trained: Sequence[TrainRun], inferred: Sequence[InferRun]) -> list[Section]:
-    configuration: list[Block] = [Paragraph(words("configuration_note"))]
+    commands = "\n".join(command_line(run) for run in (*trained, *inferred))
+    configuration: list[Block] = [Code(commands), Paragraph(words("configuration_note"))]
     if trained:
         configuration.append(tables.settings(words, trained, TrainConfig))
     if inferred:

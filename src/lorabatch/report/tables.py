@@ -81,12 +81,15 @@ def overview(words: Words, runs: Sequence[Run]) -> Table:
     def shown(value: object) -> str:
         return words("unknown") if value is None else str(value)
 
+    def moment(run: Run, name: str) -> str:
+        return shown(run.record.get(name)).replace("T", " ").replace("+00:00", " UTC")
+
     rows: list[tuple[str, Show]] = [
         (words("kind"), lambda run: words(run.record["kind"])),
         (words("status"), lambda run: status(words, run)),
         (words("host"), lambda run: shown(run.environment.get("host"))),
-        (words("started"), lambda run: shown(run.record.get("started_at"))),
-        (words("finished"), lambda run: shown(run.record.get("finished_at"))),
+        (words("started"), lambda run: moment(run, "started_at")),
+        (words("finished"), lambda run: moment(run, "finished_at")),
         (words("folder"), lambda run: Mono(str(run.path))),
     ]
     return run_table(words, runs, rows, numeric=False)
@@ -150,25 +153,18 @@ def settings(words: Words, runs: Sequence[Run], config_class: type[Settings]) ->
     defaults = config_class().to_dict()
     names = [*defaults, *dict.fromkeys(name for run in runs for name in run.config if name not in defaults)]
 
-    def cell(run: Run, name: str) -> Mono:
-        known = name in run.config
-        strong = known and run.config[name] != defaults.get(name)
-        return Mono(_setting_text(words, run.config[name]) if known else words("unknown"), strong)
+    def cell(values: dict[str, Any], name: str) -> Cell:
+        if name not in values:
+            return words("unknown")
+        value, strong = values[name], name not in defaults or values[name] != defaults[name]
+        if value is None or value == []:
+            return Mono(words("not_set"), strong) if strong else words("not_set")
+        if isinstance(value, bool):
+            return Mono(str(value).lower(), strong)
+        return Mono(" ".join(str(v) for v in value) if isinstance(value, list) else str(value), strong)
 
-    def default(name: str) -> Mono:
-        return Mono(_setting_text(words, defaults[name]) if name in defaults else words("unknown"))
-
-    rows: list[list[Cell]] = [[Mono(name), default(name), *(cell(run, name) for run in runs)] for name in names]
+    rows: list[list[Cell]] = [[Mono(name), cell(defaults, name), *(cell(run.config, name) for run in runs)] for name in names]
     return Table([words("setting"), words("default"), *(run.label for run in runs)], rows, numeric=False)
-
-
-def _setting_text(words: Words, value: object) -> str:
-    """As it would be typed after the flag."""
-    if value is None or value == []:
-        return words("not_set")
-    if isinstance(value, bool):
-        return str(value).lower()
-    return " ".join(str(v) for v in value) if isinstance(value, list) else str(value)
 
 
 def data(words: Words, runs: Sequence[TrainRun]) -> Table | None:
@@ -190,7 +186,8 @@ def training(words: Words, runs: Sequence[TrainRun]) -> Table:
 
 def inference(words: Words, runs: Sequence[InferRun]) -> Table:
     def reasons(run: InferRun) -> str:
-        return " / ".join(words.number(sum(c.finish_reason == reason for c in run.completions)) for reason in ("stop", "length"))
+        counts = [sum(c.finish_reason == reason for c in run.completions) for reason in ("stop", "length")]
+        return " / ".join(words.number(count) for count in counts)
 
     return run_table(words, runs, [*metric_rows(words, INFER_METRICS), (words("finish_reasons"), reasons)])
 

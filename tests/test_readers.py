@@ -1,0 +1,253 @@
+"""Documents from every format and kind of row, and the file and line of every mistake."""
+
+import json
+
+import pytest
+from lorabatch.corpus.readers import Document, read_documents
+from lorabatch.errors import DataError
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Write a file and return its path."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return path
+
+    return write
+
+
+def texts(documents):
+    return [d.text for d in documents]
+
+
+def lines(documents):
+    return [int(d.where.rsplit(":", 1)[1]) for d in documents]
+
+
+# .txt
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "at"),
+    [
+        ("one\ntwo\nthree", ["one", "two", "three"], [1, 2, 3]),
+        ("one\ntwo\n", ["one", "two"], [1, 2]),
+        ("\n\n  one \ntwo\t\n\n\n", ["one", "two"], [3, 4]),  # blank lines only around: still one a line
+        ("one\ntwo\n\nthree\n", ["one\ntwo", "three"], [1, 4]),
+        ("one\n \t \ntwo", ["one", "two"], [1, 3]),  # a line of spaces is blank
+        ("\none\n\n\n\n  two\nthree\n", ["one", "  two\nthree"], [2, 6]),  # indentation inside a block stays
+        ("único", ["único"], [1]),
+    ],
+)
+def test_lines_or_blocks_are_detected(make, content, expected, at):
+    documents = read_documents(make("a.txt", content))
+    assert texts(documents) == expected
+    assert lines(documents) == at
+    assert all(d.prompt is None and d.messages is None for d in documents)
+
+
+def test_the_asked_layout_wins(make):
+    path = make("a.txt", "one\ntwo\n\nthree\n")
+    assert texts(read_documents(path, txt_format="line")) == ["one", "two", "three"]
+    assert texts(read_documents(path, txt_format="blank")) == ["one\ntwo", "three"]
+    assert texts(read_documents(make("b.txt", "one\ntwo"), txt_format="blank")) == ["one\ntwo"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT"])
+@pytest.mark.parametrize("prefix", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_byte_order_mark_and_windows_line_ends_leave_no_trace(make, name, prefix, newline):
+    content = prefix + newline.join(["olá", "two", "", "three", ""]).encode()
+    documents = read_documents(make(name, content))
+    assert texts(documents) == ["olá\ntwo", "three"]
+    assert lines(documents) == [1, 4]
+    assert texts(read_documents(make(name, content), txt_format="line")) == ["olá", "two", "three"]
+
+
+@pytest.mark.parametrize("mark", ["\f", "\u2028", "\x85", "\x1c"], ids=["form-feed", "line-separator", "next-line", "file-separator"])
+def test_only_newlines_end_a_line(make, mark):
+    """A form feed (pdftotext writes one a page) neither ends a document nor shifts the line numbers."""
+    documents = read_documents(make("a.txt", f"one\n{mark}two a{mark}b\nthree\n"))
+    assert len(documents) == 3
+    assert lines(documents) == [1, 2, 3]
+    assert texts(documents)[2] == "three"
+
+
+# .jsonl
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": " a b "}, Document(" a b ", "")),
+        ({"prompt": "p", "completion": " c"}, Document(" c", "", prompt="p")),
+        ({"question": "q?", "answer": "a"}, Document(" a", "", prompt="Question: q?\nAnswer:")),
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+            Document("", "", messages=({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"})),
+        ),
+        ({"text": "t", "prompt": "p", "completion": "c", "other": 1}, Document("t", "")),  # plain text comes first
+        ({"prompt": "p", "completion": "c", "question": "q", "answer": "a"}, Document("c", "", prompt="p")),
+    ],
+)
+def test_every_kind_of_row(make, row, expected):
+    path = make("a.jsonl", json.dumps(row) + "\n")
+    (document,) = read_documents(path)
+    assert document == Document(expected.text, f"{path}:1", expected.prompt, expected.messages)
+
+
+def test_text_field_can_be_named(make):
+    path = make("a.jsonl", '{"body": "b", "text": "t"}\n')
+    assert texts(read_documents(path, text_field="body")) == ["b"]
+    assert texts(read_documents(path)) == ["t"]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_blank_lines_count_but_hold_nothing(make, newline):
+    rows = ["", '{"text": "a\u2028b"}', "  ", '{"text": "two"}', ""]
+    documents = read_documents(make("a.jsonl", b"\xef\xbb\xbf" + newline.join(rows).encode()))
+    assert texts(documents) == ["a\u2028b", "two"]
+    assert lines(documents) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "not valid JSON"),
+        ('{"text": "a"} extra', "not valid JSON"),
+        ('["text"]', "not a JSON object"),
+        ('"text"', "not a JSON object"),
+        ('{"txt": "a", "id": 1}', r"no 'text', prompt \+ completion, .* \(fields: txt, id\)"),
+        ("{}", r"\(fields: none\)"),
+        ('{"prompt": "a"}', r"\(fields: prompt\)"),
+        ('{"text": 3}', "'text' is int, not text"),
+        ('{"text": null}', "'text' is NoneType, not text"),
+        ('{"text": " \\n"}', "'text' is empty"),
+        ('{"prompt": "", "completion": "c"}', "'prompt' is empty"),
+        ('{"prompt": "p", "completion": ""}', "'completion' is empty"),
+        ('{"question": ["q"], "answer": "a"}', "'question' is list, not text"),
+        ('{"question": "q", "answer": " "}', "'answer' is empty"),
+        ('{"messages": []}', "'messages' is not a list of {role, content}"),
+        ('{"messages": "hi"}', "'messages' is not a list"),
+        ('{"messages": [{"role": "assistant"}]}', "'messages' is not a list"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "'messages' is not a list"),
+        ('{"messages": [{"role": "user", "content": "u"}]}', "the last message is not the assistant's"),
+        ('{"text": "half a \\ud83d pair"}', "'text'"),  # JSON can say it, UTF-8 and tokenizers cannot
+    ],
+)
+def test_mistakes_are_reported_with_file_and_line(make, line, message):
+    path = make("a.jsonl", f'{{"text": "fine"}}\n\n{line}\n{{"text": "fine"}}\n')
+    with pytest.raises(DataError, match=message) as caught:
+        read_documents(path)
+    assert caught.value.where == f"{path}:3"
+    assert caught.value.fix
+    assert "\n" not in str(caught.value)
+
+
+# .csv and .parquet
+
+
+def write_parquet(path, columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_csv(make, prefix, newline):
+    content = newline.join(["question,answer", 'what?,"a, b"', '"who ""x""?",olá', ""]).encode()
+    path = make("a.csv", prefix + content)
+    assert read_documents(path) == [
+        Document(" a, b", f"{path}:2", prompt="Question: what?\nAnswer:"),
+        Document(" olá", f"{path}:3", prompt='Question: who "x"?\nAnswer:'),
+    ]
+
+
+def test_csv_holds_text_whatever_it_looks_like(make):
+    """None, NA and numbers are answers like any other."""
+    path = make("a.csv", "prompt,completion\nallergies?,None\nsodium?,NA\nage?,42\ndose?,007\n")
+    assert texts(read_documents(path)) == ["None", "NA", "42", "007"]
+
+
+def test_csv_mistakes_are_reported(make):
+    with pytest.raises(DataError, match=r"a.csv:2: no 'text'.*\(fields: body, id\)"):
+        read_documents(make("a.csv", "body,id\nx,1\n"))
+    with pytest.raises(DataError, match="a.csv:3: 'text' is"):
+        read_documents(make("a.csv", "text,id\nx,1\n,2\n"))
+    with pytest.raises(DataError, match="not a readable csv file"):
+        read_documents(make("a.csv", 'text\n"never closed\n'))
+    with pytest.raises(DataError, match="a.csv"):
+        read_documents(make("a.csv", "text\n"))  # a header and nothing else
+    with pytest.raises(DataError, match="not a readable csv file"):
+        read_documents(make("a.csv", "text\nol\u00e1\n".encode("latin-1")))
+
+
+def test_parquet(tmp_path):
+    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    path = write_parquet(tmp_path / "a.parquet", {"text": ["one", "two"], "id": [1, 2]})
+    assert read_documents(path) == [Document("one", f"{path}:1"), Document("two", f"{path}:2")]
+    path = write_parquet(tmp_path / "b.parquet", {"messages": [chat]})
+    assert read_documents(path) == [Document("", f"{path}:1", messages=tuple(chat))]
+    path = write_parquet(tmp_path / "c.parquet", {"prompt": ["p"], "completion": ["c"]})
+    assert read_documents(path) == [Document("c", f"{path}:1", prompt="p")]
+
+
+def test_parquet_mistakes_are_reported(make, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"text": ["one", None]})
+    with pytest.raises(DataError, match="a.parquet:2: 'text' is NoneType"):
+        read_documents(path)
+    with pytest.raises(DataError, match="b.parquet: not a readable parquet file"):
+        read_documents(make("b.parquet", "text,id\n1,2\n"))
+    with pytest.raises(DataError, match=r"no documents in it|not a readable"):
+        read_documents(write_parquet(tmp_path / "c.parquet", {"text": []}))
+
+
+def test_tables_leave_nothing_behind(make, tmp_path):
+    path = make("a.csv", "text\none\n")
+    read_documents(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_table_that_was_changed_is_read_again(make):
+    assert texts(read_documents(make("a.csv", "text\none\n"))) == ["one"]
+    assert texts(read_documents(make("a.csv", "text\ntwo\n"))) == ["two"]
+
+
+# Files that are not what they should be
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet"])
+def test_empty_missing_and_folder(make, tmp_path, name):
+    with pytest.raises(DataError, match=rf"{name}: no such file"):
+        read_documents(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name}: the file is empty"):
+        read_documents(make(name, b""))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="folder: is a folder"):
+        read_documents(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_binary_latin1_and_blank(make, name):
+    with pytest.raises(DataError, match="binary content, not text"):
+        read_documents(make(name, b"PK\x03\x04\0\0\0"))
+    with pytest.raises(DataError, match="binary content, not text"):
+        read_documents(make(name, "text\n".encode("utf-16")))
+    with pytest.raises(DataError, match=rf"{name}:3: byte 0xe1 is not UTF-8; .*iconv"):
+        read_documents(make(name, "fine\nfine\nol\u00e1\n".encode("latin-1")))
+    with pytest.raises(DataError, match=rf"{name}:2: byte 0xc3 is not UTF-8"):
+        read_documents(make(name, b"fine\ncut off \xc3"))
+    with pytest.raises(DataError, match="no documents in it"):
+        read_documents(make(name, " \n\n\t\n"))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a", "a.md"])
+def test_unknown_kinds_name_the_known(make, name):
+    with pytest.raises(DataError, match=r"unknown kind of file '.*'; give one of .txt, .jsonl, .csv, .parquet"):
+        read_documents(make(name, "text"))
