@@ -8,6 +8,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARAL
 import pytest
 import torch
 from helpers import save_model, tiny_model
+
 from lorabatch.model.device import usable_cores
 
 

@@ -6,6 +6,7 @@ Shapes: L tokens of one document, T tokens of a packed block, V vocabulary.
 import functools
 
 import torch
+
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
 from lorabatch.infer.engine import Engine
 from lorabatch.infer.requests import Request, SamplingParams
@@ -19,7 +20,9 @@ EOS = "<|endoftext|>"
 EOS_ID = 0
 MAX_POSITIONS = 128
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}" + EOS + "\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    + EOS
+    + "\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TOKENIZER_TEXTS = [
     "The patient has a fever, a cough and chest pain. What should the doctor ask first?",
@@ -172,7 +175,12 @@ def reference_greedy(model, ids, max_new_tokens):
     """New token ids of transformers' greedy search for one prompt; the end token does not end it."""
     prompt = ids[None]
     out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=EOS_ID
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=EOS_ID,
     )
     return out[0, len(ids) :].tolist()
 
@@ -200,7 +208,5 @@ def randomise_b(adapters, *, std=0.1, seed=1):
 def tiny_corpus(lengths, *, seed=0, first_targets=None, target_bytes=None):
     """Random documents, already tokenised; supervised from their second token on unless told otherwise."""
     first_targets = first_targets or [1] * len(lengths)
-    documents = tuple(
-        TokenDocument(ids.numpy(), first) for ids, first in zip(random_ids(lengths, seed=seed), first_targets, strict=True)
-    )
+    documents = tuple(TokenDocument(ids.numpy(), first) for ids, first in zip(random_ids(lengths, seed=seed), first_targets, strict=True))
     return TokenCorpus(documents, len(documents), 0, 0, 0, target_bytes)

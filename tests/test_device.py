@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from lorabatch.errors import UnavailableError
 from lorabatch.model import device
 from lorabatch.model.device import TYPE_NAMES, TYPES, choose_device, choose_dtype, choose_threads, usable_cores
@@ -65,7 +66,7 @@ def test_cpus_get_bf16_only_if_native_and_faster(has_it, faster, monkeypatch):
 def test_bf16_is_read_from_the_processors_flags(line, expected, tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\n" + line)
-    monkeypatch.setattr(device, "open", lambda path, **kwargs: open(cpuinfo, **kwargs), raising=False)
+    monkeypatch.setattr(device, "open", lambda path, **kwargs: cpuinfo.open(**kwargs), raising=False)
     assert device._cpu_has_bf16() == expected
     cpuinfo.unlink()
     assert not device._cpu_has_bf16()  # no such file: not Linux
@@ -74,7 +75,9 @@ def test_bf16_is_read_from_the_processors_flags(line, expected, tmp_path, monkey
 @pytest.mark.parametrize(("fp32_s", "bf16_s", "expected"), [(2.0, 1.0, True), (1.2, 1.0, True), (1.1, 1.0, False), (1.0, 2.0, False)])
 def test_faster_means_the_median_of_alternating_runs(fp32_s, bf16_s, expected, monkeypatch):
     """One disturbed run in five, either way, decides nothing."""
-    durations = [d for n in range(5) for d in ((fp32_s, bf16_s * 100) if n == 1 else (fp32_s * 100, bf16_s) if n == 3 else (fp32_s, bf16_s))]
+    durations = [
+        d for n in range(5) for d in ((fp32_s, bf16_s * 100) if n == 1 else (fp32_s * 100, bf16_s) if n == 3 else (fp32_s, bf16_s))
+    ]
     clock = itertools.chain.from_iterable((0.0, d) for d in durations)
     monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert device._bf16_is_faster() == expected
@@ -101,7 +104,9 @@ def test_cores_are_the_least_of_all_limits(machine, monkeypatch):
     assert usable_cores() == 1
 
 
-@pytest.mark.parametrize(("text", "expected"), [("max 100000\n", 16), ("50000 100000\n", 1), ("400000 100000\n", 4), ("nonsense", 16), ("", 16)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("max 100000\n", 16), ("50000 100000\n", 1), ("400000 100000\n", 4), ("nonsense", 16), ("", 16)]
+)
 def test_cgroup_quota(machine, text, expected):
     machine.write_text(text)
     assert usable_cores() == expected

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from lorabatch.model.linear import Adapter, Dense, FrozenLinear, Part, Prepacked, can_prepack
 from torch.nn import functional as F
+
+from lorabatch.model.linear import Adapter, Dense, FrozenLinear, Part, Prepacked, can_prepack
 
 # Three parts of different sizes in one weight, as q, k and v are
 IN_FEATURES, PARTS = 24, (Part("q", 0, 16), Part("k", 16, 24), Part("v", 24, 32))
@@ -43,9 +44,7 @@ def compare_with_plain(layer, *, dtype, input_needs_grad=True, mask=None, tolera
     x = random(7, IN_FEATURES, seed=3, dtype=dtype)
     upstream = random(7, 32, seed=4, dtype=dtype)
     expected_x = x.float().requires_grad_(input_needs_grad)
-    pairs = {
-        int(i): (ad.a.detach().clone().requires_grad_(), ad.b.detach().clone().requires_grad_()) for i, ad in layer.adapters.items()
-    }
+    pairs = {int(i): (ad.a.detach().clone().requires_grad_(), ad.b.detach().clone().requires_grad_()) for i, ad in layer.adapters.items()}
     expected = plain(layer, expected_x, pairs, mask)
     expected.backward(upstream.float())
     x.requires_grad_(input_needs_grad)
@@ -53,7 +52,9 @@ def compare_with_plain(layer, *, dtype, input_needs_grad=True, mask=None, tolera
     got.backward(upstream)
     checks = [(got, expected), (x.grad, expected_x.grad)] if input_needs_grad else [(got, expected)]
     checks += [
-        (half.grad, want.grad) for i, pair in pairs.items() for half, want in zip((layer.adapters[str(i)].a, layer.adapters[str(i)].b), pair)
+        (half.grad, want.grad)
+        for i, pair in pairs.items()
+        for half, want in zip((layer.adapters[str(i)].a, layer.adapters[str(i)].b), pair, strict=True)
     ]
     for ours, reference in checks:
         assert reference.norm() > 0.1

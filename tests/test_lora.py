@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 from helpers import NATIVE_VARIANTS, assert_same_logits, native, packed_logits, random_ids, randomise_b, tiny_model
+from safetensors.torch import load_file, save_file
+
 from lorabatch.errors import DataError, UsageError
 from lorabatch.model.linear import Prepacked
 from lorabatch.model.lora import LoraSettings, LoraWeights, linear_shapes, load_adapter, save_adapter, select
 from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import spec_from_config
-from safetensors.torch import load_file, save_file
 
 LENGTHS = [5, 2, 40, 17]
 FIRST_TARGETS = [1, 1, 30, 4]
@@ -29,9 +30,7 @@ def adapted(variant="llama", *, seed=0, **settings):
 
 
 def save(model, adapters, folder):
-    save_adapter(
-        folder, adapters.weights(), base_name="tiny", base_fingerprint=model.base_fingerprint, fan_in_fan_out=model.fan_in_fan_out
-    )
+    save_adapter(folder, adapters.weights(), base_name="tiny", base_fingerprint=model.base_fingerprint, fan_in_fan_out=model.fan_in_fan_out)
     return folder
 
 
@@ -61,7 +60,13 @@ def test_unmerged_equals_merged(variant):
 
 @pytest.mark.parametrize(
     ("variant", "targets"),
-    [("llama", ("all-linear",)), ("llama", ("attn",)), ("llama", ("q_proj", "down_proj")), ("gpt2", ("all-linear",)), ("gpt2", ("c_proj",))],
+    [
+        ("llama", ("all-linear",)),
+        ("llama", ("attn",)),
+        ("llama", ("q_proj", "down_proj")),
+        ("gpt2", ("all-linear",)),
+        ("gpt2", ("c_proj",)),
+    ],
 )
 def test_trainable_parameters_are_r_times_in_plus_out(variant, targets):
     model = native(tiny_model(variant))
@@ -264,7 +269,8 @@ def test_patterns_survive_being_saved_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "targets"), [("llama", ("layers.1.self_attn.q_proj",)), ("gpt2", ("h.0.attn.c_attn", "mlp.c_proj")), ("llama", ("mlp.up_proj",))]
+    ("variant", "targets"),
+    [("llama", ("layers.1.self_attn.q_proj",)), ("gpt2", ("h.0.attn.c_attn", "mlp.c_proj")), ("llama", ("mlp.up_proj",))],
 )
 def test_targets_of_single_layers_survive_a_round_trip(variant, targets, tmp_path):
     """What was trained with --target_modules layers.1.self_attn.q_proj must load here and, complete, in peft."""
@@ -375,10 +381,10 @@ def test_adapter_of_another_architecture_is_refused(saved_adapter):
 
 def test_missing_files_are_named(broken, saved_adapter):
     (broken / "adapter_model.safetensors").rename(broken / "adapter_model.bin")
-    with pytest.raises(DataError, match="no adapter_model.safetensors .*pickle"):
+    with pytest.raises(DataError, match=r"no adapter_model.safetensors .*pickle"):
         load_adapter(broken, saved_adapter[1])
     (broken / "adapter_config.json").unlink()
-    with pytest.raises(DataError, match="no adapter_config.json"):
+    with pytest.raises(DataError, match=r"no adapter_config.json"):
         load_adapter(broken, saved_adapter[1])
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from lorabatch.model import loss as loss_module
-from lorabatch.model.linear import FrozenLinear, Part
-from lorabatch.model.loss import cross_entropy_sum
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lorabatch.model import loss as loss_module
+from lorabatch.model.linear import FrozenLinear, Part
+from lorabatch.model.loss import cross_entropy_sum
 
 HIDDEN, VOCAB = 24, 100
 

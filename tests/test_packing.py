@@ -5,6 +5,7 @@ import doctest
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lorabatch.corpus import packing
 from lorabatch.corpus.packing import epoch_order, pack, steps_per_epoch, training_steps
 

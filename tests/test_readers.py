@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from lorabatch.corpus.readers import Document, read_documents
 from lorabatch.errors import DataError
 
@@ -178,11 +179,11 @@ def test_csv_holds_text_whatever_it_looks_like(make):
 def test_csv_mistakes_are_reported(make):
     with pytest.raises(DataError, match=r"a.csv:2: no 'text'.*\(fields: body, id\)"):
         read_documents(make("a.csv", "body,id\nx,1\n"))
-    with pytest.raises(DataError, match="a.csv:3: 'text' is"):
+    with pytest.raises(DataError, match=r"a.csv:3: 'text' is"):
         read_documents(make("a.csv", "text,id\nx,1\n,2\n"))
     with pytest.raises(DataError, match="not a readable csv file"):
         read_documents(make("a.csv", 'text\n"never closed\n'))
-    with pytest.raises(DataError, match="a.csv"):
+    with pytest.raises(DataError, match=r"a.csv"):
         read_documents(make("a.csv", "text\n"))  # a header and nothing else
     with pytest.raises(DataError, match="not a readable csv file"):
         read_documents(make("a.csv", "text\nol\u00e1\n".encode("latin-1")))
@@ -200,9 +201,9 @@ def test_parquet(tmp_path):
 
 def test_parquet_mistakes_are_reported(make, tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"text": ["one", None]})
-    with pytest.raises(DataError, match="a.parquet:2: 'text' is NoneType"):
+    with pytest.raises(DataError, match=r"a.parquet:2: 'text' is NoneType"):
         read_documents(path)
-    with pytest.raises(DataError, match="b.parquet: not a readable parquet file"):
+    with pytest.raises(DataError, match=r"b.parquet: not a readable parquet file"):
         read_documents(make("b.parquet", "text,id\n1,2\n"))
     with pytest.raises(DataError, match=r"no documents in it|not a readable"):
         read_documents(write_parquet(tmp_path / "c.parquet", {"text": []}))

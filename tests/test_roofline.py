@@ -3,10 +3,11 @@
 import pytest
 import torch
 from helpers import native, random_ids, randomise_b, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
 from lorabatch.measure.roofline import decode_bytes, training_flops
 from lorabatch.model.lora import LoraSettings
 from lorabatch.model.spec import spec_from_config
-from torch.utils.flop_counter import FlopCounterMode
 
 SMOLLM2 = {
     "vocab_size": 49152,

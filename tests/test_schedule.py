@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from lorabatch.train.schedule import learning_rate, warmup_steps
 
 
@@ -12,7 +13,18 @@ def rates(kind, *, total_steps, warmup, peak=1.0):
 
 @pytest.mark.parametrize(
     ("total_steps", "asked", "expected"),
-    [(100, None, 5), (101, None, 6), (1, None, 0), (2, None, 1), (0, None, 0), (100, 0, 0), (100, 30, 30), (100, 100, 99), (10, 500, 9), (1, 3, 0)],
+    [
+        (100, None, 5),
+        (101, None, 6),
+        (1, None, 0),
+        (2, None, 1),
+        (0, None, 0),
+        (100, 0, 0),
+        (100, 30, 30),
+        (100, 100, 99),
+        (10, 500, 9),
+        (1, 3, 0),
+    ],
 )
 def test_warmup_steps(total_steps, asked, expected):
     assert warmup_steps(total_steps, asked) == expected

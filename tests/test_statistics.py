@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lorabatch.measure.statistics import bits_per_byte, mean, percentile, perplexity, rate, standard_deviation, summary
 
 

@@ -9,6 +9,7 @@ import torch
 from helpers import CHAT_TEMPLATE, EOS, EOS_ID, native, randomise_b, tiny_corpus, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lorabatch.corpus.readers import Document
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument, tokenise
 from lorabatch.errors import DataError

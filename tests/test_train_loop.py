@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import native, randomise_b, tiny_corpus, tiny_model
+
 from lorabatch.config import TrainConfig
 from lorabatch.errors import TrainingError
 from lorabatch.model.hf import HfModel
@@ -178,7 +179,9 @@ def test_best_is_of_the_trained_model_and_last_is_the_last():
 
 
 def test_a_requested_stop_ends_after_the_step_and_without_evaluation():
-    run = Run(*(m := Scripted([1.0] * 20), m.adapters), tiny_corpus([4] * 8), tiny_corpus([4]), batch_size=1, eval_every_steps=100, stop_after=3)
+    run = Run(
+        *(m := Scripted([1.0] * 20), m.adapters), tiny_corpus([4] * 8), tiny_corpus([4]), batch_size=1, eval_every_steps=100, stop_after=3
+    )
     assert run.state.reason == "interrupted"
     assert len(run.steps) == 3
     assert [step for step, _, _ in run.evals] == [0]

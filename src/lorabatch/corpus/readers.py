@@ -6,7 +6,10 @@ field, ``prompt`` + ``completion``, ``question`` + ``answer``, or ``messages``.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +37,8 @@ def read_documents(path: Path, *, txt_format: str = "auto", text_field: str = "t
     readers: dict[str, Callable[[], list[Document]]] = {
         ".txt": lambda: _text_documents(path, txt_format),
         ".jsonl": lambda: [_from_row(row, where, text_field) for where, row in jsonl_rows(path)],
-        ".csv": lambda: _table_documents(path, "csv", text_field),
-        ".parquet": lambda: _table_documents(path, "parquet", text_field),
+        ".csv": lambda: _csv_documents(path, text_field),
+        ".parquet": lambda: _parquet_documents(path, text_field),
     }
     if path.suffix.lower() not in readers:
         raise DataError(f"unknown kind of file '{path.suffix}'", where=path, fix=f"give one of {', '.join(FORMATS)}")
@@ -68,9 +71,14 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def text_lines(text: str) -> list[str]:
+    """Lines between line feeds (or Windows' line ends) only: a form feed or U+2028 inside a line is part of it."""
+    return text.replace("\r\n", "\n").split("\n")
+
+
 def _text_documents(path: Path, txt_format: str) -> list[Document]:
     """One document a line, or blocks between blank lines. "auto": blocks if a blank line separates any text."""
-    lines = read_text(path).splitlines()
+    lines = text_lines(read_text(path))
     if txt_format == "auto":
         stripped = "\n".join(line.strip() for line in lines).strip("\n")
         txt_format = "blank" if "\n\n" in stripped else "line"
@@ -102,23 +110,29 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def _table_documents(path: Path, kind: str, text_field: str) -> list[Document]:
+def _csv_documents(path: Path, text_field: str) -> list[Document]:
+    """The standard reader, because every cell is text: a table library would turn "NA" into a missing value and 007 into 7."""
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        rows = [(f"{path}:{reader.line_num}", {k: v for k, v in row.items() if k is not None}) for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"not a readable csv file ({error})", where=path, fix="check quotes and encoding (UTF-8)") from None
+    return [_from_row(row, where, text_field) for where, row in rows]
+
+
+def _parquet_documents(path: Path, text_field: str) -> list[Document]:
     try:
         from datasets import Dataset
         from datasets.utils.logging import disable_progress_bar
     except ImportError:
-        raise UnavailableError(f"reading .{kind} files needs the package datasets", fix="run: pip install datasets") from None
+        raise UnavailableError("reading .parquet files needs the package datasets", fix="run: pip install datasets") from None
     disable_progress_bar()
-    import tempfile
-
     try:
         with tempfile.TemporaryDirectory() as cache:
-            load = Dataset.from_csv if kind == "csv" else Dataset.from_parquet
-            rows = load(str(path), cache_dir=cache, keep_in_memory=True).to_list()
+            rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
     except Exception as error:  # datasets and pyarrow raise their own classes for each kind of damage
-        raise DataError(f"not a readable {kind} file ({type(error).__name__}: {error})", where=path, fix="check the file") from None
-    first = 2 if kind == "csv" else 1  # line 1 of a csv file is its header
-    return [_from_row(row, f"{path}:{n}", text_field) for n, row in enumerate(rows, first)]
+        raise DataError(f"not a readable parquet file ({type(error).__name__}: {error})", where=path, fix="check the file") from None
+    return [_from_row(row, f"{path}:{n}", text_field) for n, row in enumerate(rows, 1)]
 
 
 def _from_row(row: Mapping[str, Any], where: str, text_field: str) -> Document:
@@ -143,6 +157,8 @@ def _string(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row[name]
     if not isinstance(value, str):
         raise DataError(f"'{name}' is {type(value).__name__}, not text", where=where, fix="mend the row")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise DataError(f"'{name}' holds half a surrogate pair, which is no character", where=where, fix="mend the row")
     if not value.strip():
         raise DataError(f"'{name}' is empty", where=where, fix="fill or remove the row")
     return value

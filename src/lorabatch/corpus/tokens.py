@@ -6,6 +6,8 @@ masked by its value. A document that was cut gets no EOS, because its text goes 
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,8 +105,13 @@ def _chat_ids(tokenizer: Any, document: Document) -> tuple[list[int], list[int]]
             "this model has no chat template for 'messages'", where=document.where, fix="use prompt + completion, or an instruct model"
         )
     messages = [dict(m) for m in document.messages or ()]
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are programs of the model's author and raise what they like
+        raise DataError(
+            f"the chat template refuses the messages ({error})", where=document.where, fix="begin with a user's message"
+        ) from None
     if not whole.startswith(prompt):
         raise DataError(
             "the chat template writes the prompt differently once it is answered", where=document.where, fix="use prompt + completion"
@@ -118,10 +125,26 @@ def _fit(prompt_ids: list[int], text_ids: list[int], max_len: int) -> tuple[list
     """(pieces, was an answer cut). Plain text is split so that nothing is lost; an answer loses its end."""
     if prompt_ids:
         return [(prompt_ids + text_ids)[:max_len]], len(prompt_ids) + len(text_ids) > max_len
-    return [text_ids[i : i + max_len] for i in range(0, len(text_ids), max_len)], False
+    pieces = -(-len(text_ids) // max_len)
+    bounds = [len(text_ids) * i // pieces for i in range(pieces + 1)]  # even: a last piece of one token could not be predicted
+    return [text_ids[a:b] for a, b in itertools.pairwise(bounds)], False
 
 
 def _target_bytes(documents: Sequence[TokenDocument], tokenizer: Any) -> int:
+    """UTF-8 bytes of all supervised tokens; a character cut between two tokens is counted once, by its bytes."""
     targets = [d.token_ids[d.first_target :].tolist() for d in documents]
-    texts = tokenizer.batch_decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return sum(len(text.encode("utf-8")) for text in texts)
+    sizes = {i: _token_bytes(tokenizer, i) for i in {i for ids in targets for i in ids}}
+    return sum(sizes[i] for ids in targets for i in ids)
+
+
+def _token_bytes(tokenizer: Any, token_id: int) -> int:
+    """Bytes of one token: in a byte-level vocabulary each character of its name stands for one byte."""
+    name = tokenizer.convert_ids_to_tokens(token_id)
+    if token_id in tokenizer.all_special_ids:
+        return 0
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and "ByteLevel" in str(backend.decoder):
+        return len(name)
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):  # SentencePiece's fallback
+        return 1
+    return len(name.replace("\u2581", " ").encode("utf-8"))

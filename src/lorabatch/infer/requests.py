@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabatch.config import InferConfig
-from lorabatch.corpus.readers import QA_PROMPT, check_file, jsonl_rows, read_text
+from lorabatch.corpus.readers import QA_PROMPT, check_file, jsonl_rows, read_text, text_lines
 from lorabatch.errors import DataError, LorabatchError, nearest
 
 
@@ -102,7 +102,7 @@ def read_requests(path: Path, config: InferConfig) -> tuple[list[Request], set[s
             ignored |= set(row) - set(ROW_FIELDS)
             requests.append(_from_row(row, index, where, config))
     elif path.suffix.lower() == ".txt":
-        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        prompts = [line.strip() for line in text_lines(read_text(path)) if line.strip()]
         requests = [Request(str(i), i, prompt, _default_params(config, i)) for i, prompt in enumerate(prompts)]
     else:
         raise DataError(f"unknown kind of file '{path.suffix}'", where=path, fix="give .txt (one prompt a line) or .jsonl")

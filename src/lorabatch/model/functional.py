@@ -36,7 +36,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
         scaled = (grad * weight).float()
-        unit = x.float().mul_(inverse)
+        unit = x.float() * inverse  # not in place: in fp32, float() is x itself
         scaled.addcmul_(unit, (scaled * unit).mean(-1, keepdim=True), value=-1)
         return scaled.mul_(inverse).to(x.dtype), None, None
 

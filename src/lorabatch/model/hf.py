@@ -44,11 +44,17 @@ class HfModel:
         transformers_logging.disable_progress_bar()
         try:
             # An adapter is merged in fp32 and cast once, as the native backend does.
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if adapter_dir else dtype, local_files_only=True)
+            wide = torch.float32 if adapter_dir else dtype
+            model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=wide, local_files_only=True, output_loading_info=True)
         except (ValueError, OSError, KeyError) as error:
             raise DataError(
                 f"transformers cannot load it ({str(error).splitlines()[0]})", where=folder, fix="is it a causal language model?"
             ) from None
+        if report["missing_keys"]:  # transformers would go on with random numbers in their place
+            missing = sorted(report["missing_keys"])
+            raise DataError(
+                f"the checkpoint lacks {len(missing)} tensors ({missing[0]})", where=folder, fix="copy or fetch the model again"
+            )
         if adapter_dir is not None:
             model = _merged(model, adapter_dir).to(dtype)
         model.requires_grad_(False).eval()
@@ -57,7 +63,7 @@ class HfModel:
     def attach(self, settings: LoraSettings, *, seed: int) -> AdapterSet:
         """Fresh peft adapters whose parameters live in one flat buffer."""
         peft = import_peft()
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**63)
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.r,
@@ -96,7 +102,10 @@ class HfModel:
         return names
 
     def train(self, mode: bool = True) -> None:
-        self.model.train(mode)
+        """Switches the adapters' dropout only: frozen layers run as they will at inference, as in the native backend."""
+        for name, module in self.model.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
 
     def loss_sum(self, token_ids: Sequence[Tensor], first_targets: Sequence[int]) -> Tensor:
         """As ``NativeModel.loss_sum``, with right padding that nothing attends to."""
@@ -168,7 +177,7 @@ def _merged(model: nn.Module, adapter_dir: Path) -> nn.Module:
         warnings.simplefilter("always")
         try:
             adapted = peft.PeftModel.from_pretrained(model, adapter_dir)
-        except (ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # peft and safetensors have a class for each kind of mismatch and damage
             raise DataError(f"does not fit this base ({str(error).splitlines()[0]})", where=adapter_dir, fix="check --base_model") from None
     for warning in caught:  # peft only warns when an adapter's keys do not match: the base would run unchanged
         if "missing adapter keys" in str(warning.message):

@@ -130,7 +130,7 @@ def attach(decoder: Decoder, settings: LoraSettings, *, seed: int) -> AdapterSet
     """
     parts = [(layer, index, part) for layer in decoder.linears() for index, part in enumerate(layer.parts)]
     chosen = set(select([part.path for _, _, part in parts], settings.target_modules))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     pairs = {}
     for layer, index, part in parts:
         if part.path not in chosen:
@@ -170,7 +170,9 @@ def save_adapter(folder: Path, weights: LoraWeights, *, base_name: str, base_fin
             "lora_alpha": settings.alpha,
             "lora_dropout": settings.dropout,
             "use_rslora": settings.use_rslora,
-            "target_modules": _short_names(weights.pairs),
+            "target_modules": _target_names(settings, weights.pairs),
+            "rank_pattern": dict(settings.rank_pattern),
+            "alpha_pattern": dict(settings.alpha_pattern),
             "fan_in_fan_out": fan_in_fan_out,
             "bias": "none",
             "inference_mode": True,
@@ -182,10 +184,14 @@ def save_adapter(folder: Path, weights: LoraWeights, *, base_name: str, base_fin
     )
 
 
-def _short_names(paths: Iterable[str]) -> list[str]:
-    """The names peft should look for: the last component, with one more where GPT-2's two c_proj differ."""
-    names = {".".join(p.split(".")[-2:]) if p.endswith("c_proj") else p.rsplit(".", 1)[-1] for p in paths}
-    return sorted(names)
+def _target_names(settings: LoraSettings, paths: Iterable[str]) -> list[str]:
+    """The names that peft should look for: short ones where whole kinds of layers were chosen, full paths otherwise.
+
+    GPT-2's two c_proj differ in the component before, so it stays.
+    """
+    if any("." in target for target in settings.target_modules):
+        return sorted(paths)
+    return sorted({".".join(p.split(".")[-2:]) if p.endswith("c_proj") else p.rsplit(".", 1)[-1] for p in paths})
 
 
 def load_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, base_fingerprint: str | None = None) -> LoraWeights:
@@ -223,6 +229,9 @@ def _settings_from(config: dict[str, Any], folder: Path) -> LoraSettings:
             )
     if config.get("bias", "none") != "none":
         raise DataError(f"trains biases (bias={config['bias']})", where=folder / CONFIG_FILE, fix="merge it into the base with peft first")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), (int, float)):
+            raise DataError(f"'{name}' is missing or not a number", where=folder / CONFIG_FILE, fix="restore the file")
     targets = config.get("target_modules") or ()
     return LoraSettings(
         r=int(config["r"]),

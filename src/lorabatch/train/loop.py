@@ -88,13 +88,13 @@ def train_loop(
         return not config.early_stopping_evals or state.evals_without_gain < config.early_stopping_evals
 
     going = run_eval()
-    epoch, epoch_start = 0, time.perf_counter()
+    epoch, epoch_start_s = 0, 0.0
     for next_epoch, indices in training_steps(
         len(corpus.documents), config.batch_size * config.grad_accum_steps, epochs=config.epochs, seed=config.seed
     ):
         if next_epoch != epoch:
-            state.epoch_s.append(time.perf_counter() - epoch_start)
-            epoch, epoch_start = next_epoch, time.perf_counter()
+            state.epoch_s.append(state.train_s - epoch_start_s)
+            epoch, epoch_start_s = next_epoch, state.train_s
         if stop_requested() or not going or state.step >= state.total_steps:
             break
         rate = learning_rate(state.step, peak=config.lr, total_steps=state.total_steps, warmup=warmup, kind=config.scheduler)
@@ -104,7 +104,7 @@ def train_loop(
         if state.step % every == 0 and state.step < state.total_steps:
             going = run_eval()
     else:
-        state.epoch_s.append(time.perf_counter() - epoch_start)
+        state.epoch_s.append(state.train_s - epoch_start_s)
     if stop_requested():
         state.reason = "interrupted"
     elif not going:
@@ -140,15 +140,16 @@ def _update(
     """One optimiser step. Raises TrainingError before the update if loss or gradient is not finite."""
     start = time.perf_counter()
     model.train()
-    torch.manual_seed((config.seed << 32) + state.step)  # dropout is a function of seed and step
+    torch.manual_seed((config.seed * 0x9E3779B97F4A7C15 + state.step) % 2**63)  # dropout is a function of seed and step
     targets = sum(d.num_targets for d in documents)
     tokens = sum(d.num_tokens for d in documents)
     adapters.zero_grad()
     loss_sum = torch.zeros(())
     for token_ids, first_targets in blocks_of(documents, config.block_tokens):
         loss = model.loss_sum(token_ids, first_targets)
-        (loss / targets).backward()
+        loss.backward()  # of the sum: dividing each token's share first would lose it in fp16
         loss_sum = loss_sum + loss.detach().cpu()
+    adapters.grad.div_(targets)
     norm = float(torch.linalg.vector_norm(adapters.grad))
     mean_loss = float(loss_sum) / targets  # the step's host synchronisation
     if not (math.isfinite(mean_loss) and math.isfinite(norm)):
