@@ -14,6 +14,10 @@ from lorabatch.model.spec import ModelSpec
 
 PAGE = 64  # lengths are rounded up to this: sums over a multiple of it do not depend on how many follow
 
+# Half-precision products of up to this many multiplications take another kernel on CPUs, so for toy models the
+# choice would depend on the number of rows; they are computed in fp32 instead.
+ONEDNN_MIN_ELEMENTS = 4096
+
 
 class KVCache:
     """One tensor [layers, 2, S, K, C, D]; slot s of it belongs to running request s."""
@@ -65,10 +69,14 @@ class DecodeAttention:
         keys, values = self.cache.data[layer, 0, :n], self.cache.data[layer, 1, :n]  # [n, K, C, D]
         keys[self.row_index, :, self.lengths] = k
         values[self.row_index, :, self.lengths] = v
+        keys, values = keys[:, :, : self.span], values[:, :, : self.span]
+        dtype = q.dtype
+        if q[0].numel() * PAGE <= ONEDNN_MIN_ELEMENTS:
+            q, keys, values = q.float(), keys.float(), values.float()
         q = q.reshape(n, kv_heads, -1, head_dim)  # [n, K, G, D]
-        scores = (q @ keys[:, :, : self.span].transpose(-1, -2)).float() * head_dim**-0.5
+        scores = (q @ keys.transpose(-1, -2)).float() * head_dim**-0.5
         hidden = self.future
         if window is not None:
             hidden = hidden | (self.places[None, :] <= self.lengths[:, None] - window)[:, None, None, :]
         weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1).to(q.dtype)
-        return (weights @ values[:, :, : self.span]).reshape(n, -1)
+        return (weights @ values).reshape(n, -1).to(dtype)
