@@ -55,9 +55,12 @@ def test_every_request_runs_to_its_end_in_dense_slots(shapes, max_running, budge
 def test_filters_keep_what_transformers_keeps(seed, temperature, top_k, top_p, min_p):
     logits = 3 * torch.randn(1, 12, generator=torch.Generator().manual_seed(seed))
     processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    processors += (
-        [TopKLogitsWarper(top_k)] * (top_k > 0) + [TopPLogitsWarper(top_p)] * (top_p < 1) + [MinPLogitsWarper(min_p)] * (min_p > 0)
-    )
+    if top_k:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    if min_p:
+        processors.append(MinPLogitsWarper(min_p))
     expected = processors(torch.zeros(1, 1, dtype=torch.long), logits.clone()).softmax(-1)
     probabilities, order = filtered(logits, [SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)])
     got = torch.zeros_like(logits).scatter(1, order, probabilities / probabilities.sum())
