@@ -21,16 +21,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (arXiv 1910.07467) over the last axis; fp32 inside, like transformers."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _RmsNorm.apply(x, weight, eps)
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return _normalised(x, weight, eps)[0]
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(the result, 1 / root mean square [..., 1] in fp32), step by step as transformers computes it."""
+    wide = x.float()
+    inverse = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * inverse).to(x.dtype) * weight, inverse
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        inverse = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()  # [..., 1]
+        y, inverse = _normalised(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).to(x.dtype) * weight
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

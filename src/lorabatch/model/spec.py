@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -134,7 +133,10 @@ def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float] | None:
     if kind in ("default", "linear"):
         theta = parameters.get("rope_theta", 10000.0)
         factor = parameters.get("factor", 1.0) if kind == "linear" else 1.0
-        return tuple(math.pow(theta, -2.0 * i / head_dim) / factor for i in range(head_dim // 2)), 1.0
+        import torch  # in fp32, step by step as transformers: later positions multiply the last bit of a frequency
+
+        inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+        return tuple((inv_freq / factor).tolist()), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
