@@ -102,8 +102,8 @@ def test_real_model_logits_equal_transformers(real_pair):
     reference, ours, tokenizer = real_pair
     documents = [torch.tensor(tokenizer(text)["input_ids"]) for text in REAL_TEXTS]
     for got, ids in zip(packed_logits(ours, documents), documents, strict=True):
-        # 1e-4, and of logits near 17 one part in 1e5: one of 294,912 measured 1.03e-4 (prepacked sums are ordered otherwise)
-        torch.testing.assert_close(got, reference_logits(reference, ids), rtol=1e-5, atol=1e-4)
+        # 2e-4 of logits up to 17 after 30 layers: 1.2e-4 measured, because prepacked sums are ordered otherwise
+        torch.testing.assert_close(got, reference_logits(reference, ids), rtol=0, atol=2e-4)
 
 
 @pytest.mark.slow
