@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ STOP_TAIL_TOKENS = 16  # a stop string may begin this many tokens plus its lengt
 class PassStats:
     """What one pass over the requests cost. Seconds and counts; ``gaps_s``: every gap between two tokens of a request."""
 
+    begin_s: float = 0.0  # on the clock of ``perf_counter``
     duration_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -39,14 +40,14 @@ class Engine:
         self._max_running, self._prefill_tokens = max_running, prefill_tokens
 
     def run(
-        self, requests: Sequence[Request], on_finish: Callable[[Request], None], *, stop_requested: Callable[[], bool] = lambda: False
+        self, requests: Iterable[Request], on_finish: Callable[[Request], None], *, stop_requested: Callable[[], bool] = lambda: False
     ) -> PassStats:
-        """Complete all requests; ``on_finish`` is called with each as it ends. Returns early if a stop is requested."""
+        """Complete all requests, taken from the iterable as slots need them; ``on_finish`` is called with each as it ends.
+
+        Returns early if a stop is requested. Every request counts as submitted when the pass begins.
+        """
         scheduler = Scheduler(requests, max_running=self._max_running, prefill_tokens=self._prefill_tokens, static=self._runner.static)
-        stats = PassStats()
-        begin = time.perf_counter()
-        for request in requests:
-            request.submitted_s = begin
+        stats = PassStats(begin_s=time.perf_counter())
         while scheduler.has_work and not stop_requested():
             batch = scheduler.next_batch()
             token_ids = self._step(batch, stats)
@@ -55,7 +56,7 @@ class Engine:
                 self._runner.move(move.source, move.target, move.length)
             for request in finished:
                 on_finish(request)
-        stats.duration_s = time.perf_counter() - begin
+        stats.duration_s = time.perf_counter() - stats.begin_s
         return stats
 
     def _step(self, batch: Batch, stats: PassStats) -> list[int]:
@@ -63,7 +64,7 @@ class Engine:
         start = time.perf_counter()
         if batch.is_prefill:
             for request in batch.requests:
-                request.started_s = start
+                request.submitted_s, request.started_s = stats.begin_s, start
             logits = self._runner.prefill([r.token_ids for r in batch.requests], [r.slot for r in batch.requests])
             token_ids = sample(logits, batch.requests)
             stats.prefill_s += time.perf_counter() - start

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from lorabatch.infer.requests import Request
 
@@ -35,12 +36,17 @@ class Move:
 
 
 class Scheduler:
-    """``static``: admit only when nothing runs (for models whose cache cannot take newcomers)."""
+    """``requests`` may be endless: only as many as there are slots are taken ahead of need.
+
+    ``static``: admit only when nothing runs (for models whose cache cannot take newcomers).
+    """
 
     def __init__(self, requests: Iterable[Request], *, max_running: int, prefill_tokens: int, static: bool = False) -> None:
-        self.waiting = deque(requests)
+        self._source = iter(requests)
+        self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # index = slot
         self._max_running, self._prefill_tokens, self._static = max_running, prefill_tokens, static
+        self._refill()
 
     @property
     def has_work(self) -> bool:
@@ -67,7 +73,11 @@ class Scheduler:
             self.running.append(request)
             admitted.append(request)
             budget -= cost
+            self._refill()
         return admitted
+
+    def _refill(self) -> None:
+        self.waiting.extend(islice(self._source, self._max_running - len(self.waiting)))
 
     def release(self, finished: Iterable[Request]) -> list[Move]:
         """Free the slots of finished requests; returns the moves that the cache must follow, in order."""
