@@ -1,0 +1,58 @@
+// Vector helpers of the CPU kernels: sixteen floats at a time, and the two types that activations can have.
+#pragma once
+#include <immintrin.h>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// e^x within 2 ulp for x <= 0 and moderate x > 0; 0 below -87. Range reduction by ln 2 in two parts, then a polynomial
+// of degree 6 (the coefficients are those of Cephes' expf, S. L. Moshier).
+static inline __m512 exp16(__m512 x) {
+    const __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_GT_OQ);
+    x = _mm512_min_ps(x, _mm512_set1_ps(88.0f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_maskz_scalef_ps(alive, p, n);
+}
+
+static inline __m512 sigmoid16(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+static inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
+
+// An activation type: memory format, and fp32 in registers. A dword of memory holds `per_dword` values.
+struct Fp32 {
+    using Value = float;
+    static constexpr int per_dword = 1;
+    static __m512 load(const Value* p, __mmask16 m = 0xffff) { return _mm512_maskz_loadu_ps(m, p); }
+    static void store(Value* p, __m512 x, __mmask16 m = 0xffff) { _mm512_mask_storeu_ps(p, m, x); }
+    static Value round(float x) { return x; }
+    static __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum); }
+};
+
+#ifdef __AVX512BF16__
+struct Bf16 {
+    using Value = uint16_t;
+    static constexpr int per_dword = 2;
+    static __m512 load(const Value* p, __mmask16 m = 0xffff) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+    }
+    static void store(Value* p, __m512 x, __mmask16 m = 0xffff) { _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x)); }
+    static Value round(float x) {
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        return (Value)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+    }
+    static __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+#endif

@@ -1,0 +1,369 @@
+// One forward step of a decoder on a CPU, as a list of operations that Python records once and replays with one call
+// (lorabatch/kernels/program.py describes them). All of them run inside one OpenMP region; each shares out its work with an
+// orphaned `omp for`, whose end is the barrier before the next operation.
+//
+// Activations: fp32 residual stream x [T, H]; everything else in the type that the program was recorded for.
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+#include "attend.h"
+#include "gemm.h"
+
+enum Kind : int64_t { EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE };
+enum Output : int64_t { OVERWRITE, ADD_TO_RESIDUAL, LOGITS, GREEDY };
+enum Weight : int64_t { NATIVE, INT8 };
+
+struct Op {
+    int64_t kind, mode, weight;  // mode: Output of a product; 1 = gated activation; 1 = rows are the outputs only
+    int64_t n, k;                // features out and in
+    const void *a, *b, *c, *d, *e;
+    void *out, *scales;
+    const void* next;  // the packed weights of the next product, fetched while this one ends
+    double value;
+};
+
+struct Step {
+    int64_t bf16;  // type of activations and cache
+    int64_t tokens, outputs, groups;
+    const int32_t *token_ids, *positions, *slots, *output_rows;
+    const int32_t* group_starts;  // [groups + 1]: rows that are attended together: neighbours of one slot
+    int64_t heads, kv_heads, head_dim, capacity;
+    int64_t threads, scratch_floats;
+    float* scratch;      // [threads][scratch_floats]
+    int32_t* greedy;     // [outputs]
+    float* greedy_value; // scratch [threads][outputs]
+    int32_t* greedy_id;  // scratch [threads][outputs]
+};
+
+extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
+
+template <class T>
+static void embed(const Op& op, const Step& s) {
+    using Value = typename T::Value;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < s.tokens; t++) {
+        const Value* token = (const Value*)op.a + s.token_ids[t] * op.n;
+        const Value* place = op.b ? (const Value*)op.b + s.positions[t] * op.n : nullptr;
+        float* x = (float*)op.out + t * op.n;
+        for (int64_t i = 0; i < op.n; i += 16) {
+            const __mmask16 m = first_lanes(op.n - i);
+            __m512 sum = T::load(token + i, m);
+            if (place) sum = _mm512_add_ps(sum, T::load(place + i, m));
+            _mm512_mask_storeu_ps(x + i, m, sum);
+        }
+    }
+}
+
+// A row of floats to 8 bits around 128, with the scale that undoes it: symmetric, the largest magnitude becomes 127.
+static void quantise_row(const float* x, int64_t n, uint8_t* out, float* scale) {
+    __m512 top = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 16) top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(n - i), x + i)));
+    const float most = _mm512_reduce_max_ps(top);
+    *scale = most / 127.0f;
+    const __m512 factor = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 m = first_lanes(n - i);
+        const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(m, x + i), factor)), _mm512_set1_epi32(128));
+        _mm_mask_storeu_epi8(out + i, m, _mm512_cvtusepi32_epi8(q));
+    }
+}
+
+template <class T>
+static void emit_row(const Op& op, int64_t row, int64_t n, const float* x) {
+    using Value = typename T::Value;
+    if (op.weight == INT8) return quantise_row(x, n, (uint8_t*)op.out + row * n, (float*)op.scales + row);
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 m = first_lanes(n - i);
+        T::store((Value*)op.out + row * n + i, _mm512_maskz_loadu_ps(m, x + i), m);
+    }
+}
+
+template <class T>
+static void norm(const Op& op, const Step& s, float* scratch) {
+    using Value = typename T::Value;
+    const int64_t rows = op.mode ? s.outputs : s.tokens, n = op.n;
+    const Value *weight = (const Value*)op.b, *bias = (const Value*)op.c;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const float* x = (const float*)op.a + (op.mode ? s.output_rows[r] : r) * n;
+        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        float centre = 0;
+        if (bias) {
+            for (int64_t i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first_lanes(n - i), x + i));
+            centre = _mm512_reduce_add_ps(sum) / n;
+        }
+        const __m512 mean = _mm512_set1_ps(centre);
+        for (int64_t i = 0; i < n; i += 16) {
+            const __mmask16 m = first_lanes(n - i);
+            const __m512 d = _mm512_maskz_sub_ps(m, _mm512_maskz_loadu_ps(m, x + i), mean);
+            squares = _mm512_fmadd_ps(d, d, squares);
+        }
+        const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / n + (float)op.value));
+        for (int64_t i = 0; i < n; i += 16) {
+            const __mmask16 m = first_lanes(n - i);
+            __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, x + i), mean), inverse), T::load(weight + i, m));
+            if (bias) y = _mm512_add_ps(y, T::load(bias + i, m));
+            _mm512_mask_storeu_ps(scratch + i, m, y);
+        }
+        emit_row<T>(op, r, n, scratch);
+    }
+}
+
+// What becomes of 48 finished columns (fewer at the right edge) of one row.
+template <class T>
+static inline void finish(const Op& op, const Step& s, int64_t row, int64_t column, int64_t panel_bytes_unused, const __m512 (&y)[VECTORS]) {
+    using Value = typename T::Value;
+    (void)panel_bytes_unused;
+    for (int v = 0; v < VECTORS; v++) {
+        const int64_t at = column + v * 16;
+        const __mmask16 m = first_lanes(op.n - at < 0 ? 0 : op.n - at);
+        if (!m) return;
+        __m512 value = y[v];
+        if (op.e) value = _mm512_add_ps(value, T::load((const Value*)op.e + at, m));
+        if (op.mode == OVERWRITE) {
+            T::store((Value*)op.out + row * op.n + at, value, m);
+        } else if (op.mode == ADD_TO_RESIDUAL) {
+            float* x = (float*)op.out + row * op.n + at;
+            _mm512_mask_storeu_ps(x, m, _mm512_add_ps(_mm512_maskz_loadu_ps(m, x), value));
+        } else if (op.mode == LOGITS) {
+            _mm512_mask_storeu_ps((float*)op.out + row * op.n + at, m, value);
+        } else {  // the first of the largest logits, columns in rising order
+            float& best = s.greedy_value[omp_get_thread_num() * s.outputs + row];
+            const float most = _mm512_mask_reduce_max_ps(m, value);
+            if (most > best) {
+                best = most;
+                const __mmask16 where = _mm512_mask_cmpeq_ps_mask(m, value, _mm512_set1_ps(most));
+                s.greedy_id[omp_get_thread_num() * s.outputs + row] = (int32_t)(at + __builtin_ctz(where));
+            }
+        }
+    }
+}
+
+// a: rows [M, k]; b: packed weights; c: column scales, d: column sums times 128 (int8); e: bias; scales: row scales (int8).
+template <class T, class W>
+static void product(const Op& op, const Step& s) {
+    constexpr bool quantised = std::is_same<W, Int8>::value;
+    const int64_t rows = op.mode >= LOGITS ? s.outputs : s.tokens;
+    const int64_t stride = op.k * 4 / W::per_dword, dwords = op.k / W::per_dword;  // bytes of a row; steps along it
+    const int64_t panels = (op.n + PANEL - 1) / PANEL, panel_bytes = dwords * PANEL * 4;
+    const int threads = omp_get_num_threads(), me = omp_get_thread_num();
+    // Panels are shared out; where they do not divide well, rows are cut too.
+    const int64_t cuts = panels >= 16 * threads ? 1 : std::min<int64_t>(threads, (rows + TILE_ROWS - 1) / TILE_ROWS);
+    const int64_t chunk = ((rows + cuts - 1) / cuts + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS, chunks = cuts ? (rows + chunk - 1) / chunk : 0;
+    if (op.mode == GREEDY) std::fill_n(s.greedy_value + me * s.outputs, rows, -INFINITY);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < panels * chunks; task++) {
+        const int64_t p = task / chunks, from = task % chunks * chunk, to = std::min(rows, from + chunk);
+        const char* panel = (const char*)op.b + p * panel_bytes;
+        const int64_t tiles = (to - from + TILE_ROWS - 1) / TILE_ROWS;
+        const int lines = tiles >= 3 ? 1 : tiles == 2 ? 2 : 3;
+        const char* ahead = panel + panel_bytes;
+        for (int64_t row = from; row < to; row += TILE_ROWS) {
+            with_rows((int)std::min<int64_t>(TILE_ROWS, to - row), [&](auto size) {
+                constexpr int R = decltype(size)::value;
+                typename W::Accumulator sum[R][VECTORS];
+                const int fetch = (row - from) / TILE_ROWS * lines < 3 ? lines : 0;
+                tile<W, R>((const char*)op.a + row * stride, stride, panel, dwords, ahead, fetch, sum);
+                ahead += (int64_t)fetch * dwords * 64;
+                for (int r = 0; r < R; r++) {
+                    __m512 y[VECTORS];
+                    for (int v = 0; v < VECTORS; v++) {
+                        if constexpr (quantised) {
+                            const int64_t at = p * PANEL + v * 16;
+                            const __m512i exact = _mm512_sub_epi32(sum[r][v], _mm512_loadu_si512((const int32_t*)op.d + at));
+                            const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps((const float*)op.c + at), _mm512_set1_ps(((const float*)op.scales)[row + r]));
+                            y[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale);
+                        } else {
+                            y[v] = sum[r][v];
+                        }
+                    }
+                    finish<T>(op, s, row + r, p * PANEL, panel_bytes, y);
+                }
+            });
+        }
+    }
+    if (op.mode == GREEDY) {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            int best = 0;
+            for (int t = 1; t < threads; t++)
+                if (s.greedy_value[t * s.outputs + r] > s.greedy_value[best * s.outputs + r]) best = t;
+            s.greedy[r] = s.greedy_id[best * s.outputs + r];
+        }
+    }
+}
+
+template <class T>
+static Cache<T> cache_of(const Op& op, const Step& s) {
+    return {(typename T::Value*)op.a, (typename T::Value*)op.b, s.kv_heads, s.head_dim, s.capacity};
+}
+
+// Normalises (c, d: weights of q and k norms, or null) and rotates (e: [positions][D] = cos, sin, fp32, or null) one head.
+template <class T>
+static void prepare_head(typename T::Value* head, const typename T::Value* weight, double eps, const float* turn, int64_t D) {
+    float x[512];
+    for (int64_t d = 0; d < D; d += 16) _mm512_storeu_ps(x + d, T::load(head + d));
+    if (weight) {
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t d = 0; d < D; d += 16) squares = _mm512_fmadd_ps(_mm512_loadu_ps(x + d), _mm512_loadu_ps(x + d), squares);
+        const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / D + (float)eps));
+        for (int64_t d = 0; d < D; d += 16) _mm512_storeu_ps(x + d, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + d), inverse), T::load(weight + d)));
+    }
+    if (turn) {
+        const int64_t half = D / 2;
+        for (int64_t d = 0; d < half; d++) {
+            const float a = x[d], b = x[d + half];
+            x[d] = a * turn[d] - b * turn[half + d];
+            x[d + half] = b * turn[d] + a * turn[half + d];
+        }
+    }
+    for (int64_t d = 0; d < D; d += 16) T::store(head + d, _mm512_loadu_ps(x + d));
+}
+
+// out: rows [T][(N + 2K) D]; queries are turned in place, keys and values go into the cache (a, b).
+template <class T>
+static void store(const Op& op, const Step& s) {
+    using Value = typename T::Value;
+    const Cache<T> cache = cache_of<T>(op, s);
+    const int64_t D = s.head_dim;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < s.tokens; t++) {
+        Value* q = (Value*)op.out + t * (s.heads + 2 * s.kv_heads) * D;
+        Value* k = q + s.heads * D;
+        const Value* v = k + s.kv_heads * D;
+        const float* turn = op.e ? (const float*)op.e + s.positions[t] * D : nullptr;
+        if (op.c || turn) {
+            for (int64_t h = 0; h < s.heads; h++) prepare_head<T>(q + h * D, (const Value*)op.c, op.value, turn, D);
+            for (int64_t h = 0; h < s.kv_heads; h++) prepare_head<T>(k + h * D, (const Value*)op.d, op.value, turn, D);
+        }
+        for (int64_t h = 0; h < s.kv_heads; h++) store_position<T>(cache, s.slots[t], h, s.positions[t], k + h * D, v + h * D);
+    }
+}
+
+// c: rows [T][(N + 2K) D]; out [T][N D]; k: window, 0 for none.
+template <class T>
+static void attend_all(const Op& op, const Step& s, float* scratch) {
+    using Value = typename T::Value;
+    const Cache<T> cache = cache_of<T>(op, s);
+    const int64_t D = s.head_dim, shared = s.heads / s.kv_heads, row = (s.heads + 2 * s.kv_heads) * D;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < s.groups * s.kv_heads; task++) {
+        const int64_t group = task / s.kv_heads, h = task % s.kv_heads;
+        const int64_t from = s.group_starts[group], count = (s.group_starts[group + 1] - from) * shared;
+        for (int64_t done = 0; done < count; done += MAX_QUERIES) {
+            const Value* q[MAX_QUERIES];
+            Value* out[MAX_QUERIES];
+            int64_t first[MAX_QUERIES], last[MAX_QUERIES];
+            const int queries = (int)std::min<int64_t>(MAX_QUERIES, count - done);
+            for (int i = 0; i < queries; i++) {
+                const int64_t t = from + (done + i) / shared, head = h * shared + (done + i) % shared;
+                q[i] = (const Value*)op.c + t * row + head * D;
+                out[i] = (Value*)op.out + (t * s.heads + head) * D;
+                last[i] = s.positions[t];
+                first[i] = op.k && last[i] >= op.k ? last[i] - op.k + 1 : 0;
+            }
+            with_rows(queries, [&](auto size) {
+                constexpr int R = decltype(size)::value;
+                if constexpr (R <= MAX_QUERIES) attend<T, R>(cache, s.slots[from], h, q, first, last, (float)op.value, scratch, out);
+            });
+        }
+    }
+}
+
+// a: [T][2n] (gate, up; SwiGLU) or [T][n] (GELU, tanh form) -> [T][n], quantised if the next product wants it.
+template <class T>
+static void activate(const Op& op, const Step& s, float* scratch) {
+    using Value = typename T::Value;
+    const int64_t n = op.n;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < s.tokens; t++) {
+        const Value* x = (const Value*)op.a + t * n * (op.mode ? 2 : 1);
+        for (int64_t i = 0; i < n; i += 16) {
+            const __mmask16 m = first_lanes(n - i);
+            const __m512 g = T::load(x + i, m);
+            __m512 y;
+            if (op.mode) {
+                y = _mm512_mul_ps(_mm512_mul_ps(g, sigmoid16(g)), T::load(x + n + i, m));
+            } else {  // 0.5 (1 + tanh u) = sigmoid(2 u)
+                const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(g, g), g);
+                const __m512 u = _mm512_mul_ps(_mm512_set1_ps(1.5957691216f), _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), g));
+                y = _mm512_mul_ps(g, sigmoid16(u));
+            }
+            _mm512_mask_storeu_ps(scratch + i, m, y);
+        }
+        emit_row<T>(op, t, n, scratch);
+    }
+}
+
+template <class T>
+static void quantise(const Op& op, const Step& s, float* scratch) {
+    using Value = typename T::Value;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < s.tokens; t++) {
+        for (int64_t i = 0; i < op.n; i += 16) {
+            const __mmask16 m = first_lanes(op.n - i);
+            _mm512_mask_storeu_ps(scratch + i, m, T::load((const Value*)op.a + t * op.n + i, m));
+        }
+        quantise_row(scratch, op.n, (uint8_t*)op.out + t * op.n, (float*)op.scales + t);
+    }
+}
+
+template <class T>
+static void run(const Op& op, const Step& s, float* scratch) {
+    switch (op.kind) {
+        case EMBED: return embed<T>(op, s);
+        case NORM: return norm<T>(op, s, scratch);
+        case PRODUCT: return op.weight == INT8 ? product<T, Int8>(op, s) : product<T, Float<T>>(op, s);
+        case STORE: return store<T>(op, s);
+        case ATTEND: return attend_all<T>(op, s, scratch);
+        case ACTIVATE: return activate<T>(op, s, scratch);
+        case QUANTISE: return quantise<T>(op, s, scratch);
+    }
+}
+
+extern "C" {
+
+// 1: bf16 products, 2: int8 products.
+int64_t lb_features() {
+    int64_t found = 0;
+#ifdef __AVX512BF16__
+    found |= 1;
+#endif
+#ifdef __AVX512VNNI__
+    found |= 2;
+#endif
+    return found;
+}
+
+void lb_run(const Op* ops, int64_t count, const Step* step) {
+#pragma omp parallel num_threads((int)step->threads)
+    {
+        float* scratch = step->scratch + omp_get_thread_num() * step->scratch_floats;
+        for (int64_t i = 0; i < count; i++) {
+#ifdef __AVX512BF16__
+            if (step->bf16) {
+                run<Bf16>(ops[i], *step, scratch);
+                continue;
+            }
+#endif
+            run<Fp32>(ops[i], *step, scratch);
+        }
+    }
+}
+
+// w [n][k] -> panels [ceil(n / 48)][k / per][48][per], missing columns zero. bytes: size of a value; per: values a dword.
+void lb_pack(const void* w, int64_t n, int64_t k, int64_t bytes, void* out) {
+    const int64_t per = 4 / bytes, panels = (n + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t i = 0; i < k / per; i++)
+            for (int64_t c = 0; c < PANEL; c++) {
+                char* to = (char*)out + ((p * (k / per) + i) * PANEL + c) * 4;
+                if (p * PANEL + c < n)
+                    std::memcpy(to, (const char*)w + ((p * PANEL + c) * k + i * per) * bytes, 4);
+                else
+                    std::memset(to, 0, 4);
+            }
+}
+}
