@@ -12,10 +12,11 @@ ALLOWED = {
     "pure": {"base", "pure"},
     "corpus": {"base", "pure", "corpus"},
     "hub": {"base", "model"},  # one writer of tensor files, imported inside the converting function
-    "model": {"base", "pure", "corpus", "hub", "model"},
+    "kernels": {"base", "kernels"},
+    "model": {"base", "pure", "corpus", "hub", "kernels", "model"},
     "ceilings": {"base", "pure", "model", "ceilings"},
     "train": {"base", "pure", "corpus", "hub", "model", "ceilings", "train"},
-    "infer": {"base", "pure", "corpus", "hub", "model", "ceilings", "infer"},
+    "infer": {"base", "pure", "corpus", "hub", "kernels", "model", "ceilings", "infer"},
     "report": {"base", "pure", "report"},
     "cli": {"base", "hub", "model", "train", "infer", "report", "cli"},
 }

@@ -12,13 +12,13 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lorabatch.kernels import library
-from lorabatch.model.decoder import Decoder, Norm
+from lorabatch.model.decoder import Decoder, Layer, Norm
 from lorabatch.model.linear import FrozenLinear
 from lorabatch.model.spec import ModelSpec
 
@@ -41,7 +41,7 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("bf16", "tokens", "outputs", "groups")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "output_rows", "group_starts")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "capacity", "threads", "scratch_floats")),
-        *((name, ctypes.c_void_p) for name in ("scratch", "greedy", "greedy_value", "greedy_id")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "greedy", "greedy_value", "greedy_id", "seconds")),
     )
 
 
@@ -190,11 +190,13 @@ class Program:
             )
         )
         turns = self._pointer(rope_table(decoder, self.capacity))
-        for index, layer in enumerate(decoder.layers):
+        for index, layer in enumerate(cast("list[Layer]", list(decoder.layers))):
             place = {"a": cache[index, 0].data_ptr(), "b": cache[index, 1].data_ptr()}
             self._ops.append(self._norm(layer.norm1))
             self._ops.append(self._product(layer.qkv, OVERWRITE, out=qkv))
-            norms = {"c": self._pointer(layer.q_norm.weight), "d": self._pointer(layer.k_norm.weight)} if layer.q_norm else {}
+            norms = {}
+            if layer.q_norm is not None and layer.k_norm is not None:
+                norms = {"c": self._pointer(layer.q_norm.weight), "d": self._pointer(layer.k_norm.weight)}
             self._ops.append(_Op(kind=STORE, **place, **norms, e=turns, out=qkv.data_ptr(), value=spec.norm_eps))
             self._ops.append(
                 _Op(kind=ATTEND, **place, c=qkv.data_ptr(), out=heads.data_ptr(), k=layer.window or 0, value=spec.head_dim**-0.5)

@@ -17,14 +17,24 @@ struct Cache {  // of one layer: keys and values are [slots][kv heads][capacity 
     int64_t head(int64_t slot, int64_t h) const { return (slot * kv_heads + h) * capacity * head_dim; }
 };
 
+// k, v: [D], written as words of the pages; D is a multiple of 16.
 template <class T>
 static void store_position(const Cache<T>& c, int64_t slot, int64_t h, int64_t pos, const typename T::Value* k, const typename T::Value* v) {
     constexpr int P = T::per_dword;
-    const int64_t D = c.head_dim, page = pos / PAGE, lane = pos % PAGE;
-    auto* keys = c.keys + c.head(slot, h) + page * PAGE * D;
-    for (int64_t d = 0; d < D; d++) keys[((d / P) * PAGE + lane) * P + d % P] = k[d];
-    auto* values = c.values + c.head(slot, h) + (pos / P) * P * D;
-    for (int64_t d = 0; d < D; d++) values[d * P + pos % P] = v[d];
+    const int64_t D = c.head_dim;
+    auto* keys = (int32_t*)(c.keys + c.head(slot, h) + pos / PAGE * PAGE * D) + pos % PAGE;
+    for (int64_t i = 0; i < D / P; i++) std::memcpy(keys + i * PAGE, k + i * P, 4);
+    auto* values = (int32_t*)(c.values + c.head(slot, h) + pos / P * P * D);
+    const int shift = 16 * (pos % P);
+    for (int64_t d = 0; d < D; d += 16) {
+        if (P == 1) {
+            _mm512_storeu_ps((float*)values + d, _mm512_loadu_ps((const float*)v + d));
+        } else {
+            const __m512i keep = _mm512_and_si512(_mm512_loadu_si512(values + d), _mm512_set1_epi32(0xffff0000u >> shift));
+            const __m512i add = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(v + d)));
+            _mm512_storeu_si512(values + d, _mm512_or_si512(keep, shift ? _mm512_slli_epi32(add, 16) : add));
+        }
+    }
 }
 
 static inline __m512i word(const void* p, int64_t index) {
@@ -33,40 +43,58 @@ static inline __m512i word(const void* p, int64_t index) {
     return _mm512_set1_epi32(w);
 }
 
+// sum[r][j] = sum over i < steps of left[r][i] * block[i * stride + lane of vector j]; fetches `lines` cache lines of `coming` per step.
+template <class T, int R, int VECTORS, class Left>
+static inline void dots(const Left* const* left, const int32_t* block, int64_t stride, int64_t steps, const char* coming, int lines, __m512 (&result)[R][4]) {
+    __m512 sum[R][VECTORS];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; j++) sum[r][j] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < steps; i++) {
+        __m512i b[VECTORS];
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; j++) b[j] = _mm512_loadu_si512(block + i * stride + j * 16);
+        for (int l = 0; l < lines; l++, coming += 64) _mm_prefetch(coming, _MM_HINT_T0);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            const __m512i a = word(left[r], i);
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; j++) sum[r][j] = T::dot(sum[r][j], a, b[j]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; j++) result[r][j] = sum[r][j];
+}
+
 // R query vectors (heads that share a key head, of one or more consecutive tokens) of one slot.
-// q[r]: [D]; last[r]: the newest position that r sees; first[r]: the oldest; scores: scratch [R][capacity] floats.
+// q[r]: [D]; last[r]: the newest position that r sees; first[r]: the oldest; scores: scratch [R][capacity] floats;
+// ahead: the keys that this thread will probably need next.
 template <class T, int R>
 static void attend(const Cache<T>& c, int64_t slot, int64_t h, const typename T::Value* const* q, const int64_t* first, const int64_t* last,
-                   float scale, float* scores, typename T::Value* const* out) {
+                   float scale, float* scores, typename T::Value* const* out, const void* ahead) {
     using Value = typename T::Value;
     constexpr int P = T::per_dword;
     const int64_t D = c.head_dim, words = D / P;
     int64_t begin = first[0], end = last[0];
     for (int r = 1; r < R; r++) begin = first[r] < begin ? first[r] : begin, end = last[r] > end ? last[r] : end;
-    begin = begin / PAGE * PAGE, end = (end / PAGE + 1) * PAGE;
+    begin = begin / PAGE * PAGE, end = (end / 16 + 1) * 16;  // whole vectors; what lies beyond a row's last position weighs zero
 
-    const Value* keys = c.keys + c.head(slot, h);
+    const Value *keys = c.keys + c.head(slot, h), *values = c.values + c.head(slot, h);
     __m512 top[R];
     for (int r = 0; r < R; r++) top[r] = _mm512_set1_ps(-INFINITY);
     for (int64_t page = begin; page < end; page += PAGE) {
-        const Value* block = keys + page * D;
+        const int vectors = (int)(end - page < PAGE ? end - page : PAGE) / 16;
         __m512 sum[R][4];
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm512_setzero_ps();
-        for (int64_t i = 0; i < words; i++) {
-            __m512i k[4];
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) k[j] = _mm512_loadu_si512((const char*)block + (i * PAGE + j * 16) * 4);
-#pragma GCC unroll 6
-            for (int r = 0; r < R; r++) {
-                const __m512i a = word(q[r], i);
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) sum[r][j] = T::dot(sum[r][j], a, k[j]);
-            }
-        }
+        const auto* block = (const int32_t*)(keys + page * D);
+        const char* coming = (const char*)(values + page * D);  // values of this page, wanted soon
+        vectors == 4 ? dots<T, R, 4>(q, block, PAGE, words, coming, 4, sum) : vectors == 3 ? dots<T, R, 3>(q, block, PAGE, words, coming, 3, sum)
+        : vectors == 2 ? dots<T, R, 2>(q, block, PAGE, words, coming, 2, sum) : dots<T, R, 1>(q, block, PAGE, words, coming, 1, sum);
         const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (int r = 0; r < R; r++)
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < vectors; j++) {
                 const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32((int)(page + j * 16)));
                 const __mmask16 seen = _mm512_cmple_epi32_mask(at, _mm512_set1_epi32((int)last[r])) &
                                        _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32((int)first[r]));
@@ -90,29 +118,15 @@ static void attend(const Cache<T>& c, int64_t slot, int64_t h, const typename T:
         share[r] = 1.0f / _mm512_reduce_add_ps(total);
     }
 
-    const Value* values = c.values + c.head(slot, h);
+    const void* weights[R];
+    for (int r = 0; r < R; r++) weights[r] = scores + r * c.capacity + begin * (int64_t)sizeof(Value) / 4;
     for (int64_t d = 0; d < D; d += 64) {
         const int vectors = (int)((D - d < 64 ? D - d : 64) / 16);
+        const auto* block = (const int32_t*)(values + begin * D) + d;
+        const int64_t steps = (end - begin) / P;
         __m512 sum[R][4];
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm512_setzero_ps();
-        if (vectors == 4)
-            for (int64_t i = begin / P; i < end / P; i++) {
-                __m512i v[4];
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) v[j] = _mm512_loadu_si512((const char*)values + (i * D + d + j * 16) * 4);
-#pragma GCC unroll 6
-                for (int r = 0; r < R; r++) {
-                    const __m512i a = word(scores + r * c.capacity, i);
-#pragma GCC unroll 4
-                    for (int j = 0; j < 4; j++) sum[r][j] = T::dot(sum[r][j], a, v[j]);
-                }
-            }
-        else
-            for (int64_t i = begin / P; i < end / P; i++)
-                for (int r = 0; r < R; r++)
-                    for (int j = 0; j < vectors; j++)
-                        sum[r][j] = T::dot(sum[r][j], word(scores + r * c.capacity, i), _mm512_loadu_si512((const char*)values + (i * D + d + j * 16) * 4));
+        vectors == 4 ? dots<T, R, 4>(weights, block, D, steps, (const char*)ahead, 4, sum) : vectors == 3 ? dots<T, R, 3>(weights, block, D, steps, (const char*)ahead, 0, sum)
+        : vectors == 2 ? dots<T, R, 2>(weights, block, D, steps, (const char*)ahead, 0, sum) : dots<T, R, 1>(weights, block, D, steps, (const char*)ahead, 0, sum);
         for (int r = 0; r < R; r++)
             for (int j = 0; j < vectors; j++) T::store(out[r] + d + j * 16, _mm512_mul_ps(sum[r][j], _mm512_set1_ps(share[r])));
     }

@@ -14,7 +14,10 @@ struct Int8 {
     static constexpr int per_dword = 4;
     static __m512i zero() { return _mm512_setzero_si512(); }
 #ifdef __AVX512VNNI__
-    static __m512i dot(__m512i sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, a, b); }
+    static __m512i dot(__m512i sum, __m512i a, __m512i b) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // the intrinsic makes GCC 12 spill every accumulator
+        return sum;
+    }
 #endif
 };
 
@@ -27,8 +30,9 @@ struct Float : T {
 // One tile: rows x (row stride in bytes) times one panel. While it runs, `lines` cache lines per step of `ahead` are
 // fetched: the panel that comes next, so that memory works while the products do.
 template <class W, int ROWS>
-static inline void tile(const char* x, int64_t stride, const char* panel, int64_t dwords, const char* ahead, int lines,
-                        typename W::Accumulator (&sum)[ROWS][VECTORS]) {
+[[gnu::noinline]] static void tile(const char* x, int64_t stride, const char* panel, int64_t dwords, const char* ahead, int lines,
+                        typename W::Accumulator (&result)[ROWS][VECTORS]) {
+    typename W::Accumulator sum[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
@@ -47,6 +51,10 @@ static inline void tile(const char* x, int64_t stride, const char* panel, int64_
             for (int v = 0; v < VECTORS; v++) sum[r][v] = W::dot(sum[r][v], a, w[v]);
         }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+        for (int v = 0; v < VECTORS; v++) result[r][v] = sum[r][v];
 }
 
 // Calls f(std::integral_constant<int, rows>) for 1 <= rows <= 8.

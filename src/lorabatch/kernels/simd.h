@@ -23,9 +23,11 @@ static inline __m512 exp16(__m512 x) {
     return _mm512_maskz_scalef_ps(alive, p, n);
 }
 
+// 1 / (1 + e^-x): an approximate reciprocal, one Newton step makes it exact to about 2^-23.
 static inline __m512 sigmoid16(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    const __m512 d = _mm512_add_ps(_mm512_set1_ps(1.0f), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+    const __m512 r = _mm512_rcp14_ps(d);
+    return _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(2.0f)));
 }
 
 static inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
@@ -53,6 +55,9 @@ struct Bf16 {
         std::memcpy(&bits, &x, 4);
         return (Value)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
     }
-    static __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    static __m512 dot(__m512 sum, __m512i a, __m512i b) {
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // as the intrinsic, without GCC 12's copies of accumulators
+        return sum;
+    }
 };
 #endif

@@ -9,7 +9,7 @@
 #include "attend.h"
 #include "gemm.h"
 
-enum Kind : int64_t { EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE };
+enum Kind : int64_t { EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE, KINDS };
 enum Output : int64_t { OVERWRITE, ADD_TO_RESIDUAL, LOGITS, GREEDY };
 enum Weight : int64_t { NATIVE, INT8 };
 
@@ -33,10 +33,12 @@ struct Step {
     int32_t* greedy;     // [outputs]
     float* greedy_value; // scratch [threads][outputs]
     int32_t* greedy_id;  // scratch [threads][outputs]
+    double* seconds;     // [KINDS], added to by the first thread; or null
 };
 
 extern "C" int omp_get_thread_num();
 extern "C" int omp_get_num_threads();
+extern "C" double omp_get_wtime();
 
 template <class T>
 static void embed(const Op& op, const Step& s) {
@@ -111,22 +113,21 @@ static void norm(const Op& op, const Step& s, float* scratch) {
 }
 
 // What becomes of 48 finished columns (fewer at the right edge) of one row.
-template <class T>
-static inline void finish(const Op& op, const Step& s, int64_t row, int64_t column, int64_t panel_bytes_unused, const __m512 (&y)[VECTORS]) {
+template <class T, Output MODE>
+static inline void finish(const Op& op, const Step& s, int64_t row, int64_t column, const __m512 (&y)[VECTORS]) {
     using Value = typename T::Value;
-    (void)panel_bytes_unused;
     for (int v = 0; v < VECTORS; v++) {
         const int64_t at = column + v * 16;
         const __mmask16 m = first_lanes(op.n - at < 0 ? 0 : op.n - at);
         if (!m) return;
         __m512 value = y[v];
         if (op.e) value = _mm512_add_ps(value, T::load((const Value*)op.e + at, m));
-        if (op.mode == OVERWRITE) {
+        if (MODE == OVERWRITE) {
             T::store((Value*)op.out + row * op.n + at, value, m);
-        } else if (op.mode == ADD_TO_RESIDUAL) {
+        } else if (MODE == ADD_TO_RESIDUAL) {
             float* x = (float*)op.out + row * op.n + at;
             _mm512_mask_storeu_ps(x, m, _mm512_add_ps(_mm512_maskz_loadu_ps(m, x), value));
-        } else if (op.mode == LOGITS) {
+        } else if (MODE == LOGITS) {
             _mm512_mask_storeu_ps((float*)op.out + row * op.n + at, m, value);
         } else {  // the first of the largest logits, columns in rising order
             float& best = s.greedy_value[omp_get_thread_num() * s.outputs + row];
@@ -141,17 +142,17 @@ static inline void finish(const Op& op, const Step& s, int64_t row, int64_t colu
 }
 
 // a: rows [M, k]; b: packed weights; c: column scales, d: column sums times 128 (int8); e: bias; scales: row scales (int8).
-template <class T, class W>
+template <class T, class W, Output MODE>
 static void product(const Op& op, const Step& s) {
     constexpr bool quantised = std::is_same<W, Int8>::value;
-    const int64_t rows = op.mode >= LOGITS ? s.outputs : s.tokens;
+    const int64_t rows = MODE >= LOGITS ? s.outputs : s.tokens;
     const int64_t stride = op.k * 4 / W::per_dword, dwords = op.k / W::per_dword;  // bytes of a row; steps along it
     const int64_t panels = (op.n + PANEL - 1) / PANEL, panel_bytes = dwords * PANEL * 4;
     const int threads = omp_get_num_threads(), me = omp_get_thread_num();
     // Panels are shared out; where they do not divide well, rows are cut too.
     const int64_t cuts = panels >= 16 * threads ? 1 : std::min<int64_t>(threads, (rows + TILE_ROWS - 1) / TILE_ROWS);
     const int64_t chunk = ((rows + cuts - 1) / cuts + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS, chunks = cuts ? (rows + chunk - 1) / chunk : 0;
-    if (op.mode == GREEDY) std::fill_n(s.greedy_value + me * s.outputs, rows, -INFINITY);
+    if (MODE == GREEDY) std::fill_n(s.greedy_value + me * s.outputs, rows, -INFINITY);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < panels * chunks; task++) {
         const int64_t p = task / chunks, from = task % chunks * chunk, to = std::min(rows, from + chunk);
@@ -178,12 +179,12 @@ static void product(const Op& op, const Step& s) {
                             y[v] = sum[r][v];
                         }
                     }
-                    finish<T>(op, s, row + r, p * PANEL, panel_bytes, y);
+                    finish<T, MODE>(op, s, row + r, p * PANEL, y);
                 }
             });
         }
     }
-    if (op.mode == GREEDY) {
+    if (MODE == GREEDY) {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             int best = 0;
@@ -191,6 +192,16 @@ static void product(const Op& op, const Step& s) {
                 if (s.greedy_value[t * s.outputs + r] > s.greedy_value[best * s.outputs + r]) best = t;
             s.greedy[r] = s.greedy_id[best * s.outputs + r];
         }
+    }
+}
+
+template <class T, class W>
+static void any_product(const Op& op, const Step& s) {
+    switch (op.mode) {
+        case OVERWRITE: return product<T, W, OVERWRITE>(op, s);
+        case ADD_TO_RESIDUAL: return product<T, W, ADD_TO_RESIDUAL>(op, s);
+        case LOGITS: return product<T, W, LOGITS>(op, s);
+        default: return product<T, W, GREEDY>(op, s);
     }
 }
 
@@ -212,10 +223,12 @@ static void prepare_head(typename T::Value* head, const typename T::Value* weigh
     }
     if (turn) {
         const int64_t half = D / 2;
-        for (int64_t d = 0; d < half; d++) {
-            const float a = x[d], b = x[d + half];
-            x[d] = a * turn[d] - b * turn[half + d];
-            x[d + half] = b * turn[d] + a * turn[half + d];
+        for (int64_t d = 0; d < half; d += 16) {
+            const __mmask16 m = first_lanes(half - d);
+            const __m512 a = _mm512_maskz_loadu_ps(m, x + d), b = _mm512_maskz_loadu_ps(m, x + half + d);
+            const __m512 cos = _mm512_maskz_loadu_ps(m, turn + d), sin = _mm512_maskz_loadu_ps(m, turn + half + d);
+            _mm512_mask_storeu_ps(x + d, m, _mm512_fmsub_ps(a, cos, _mm512_mul_ps(b, sin)));
+            _mm512_mask_storeu_ps(x + half + d, m, _mm512_fmadd_ps(b, cos, _mm512_mul_ps(a, sin)));
         }
     }
     for (int64_t d = 0; d < D; d += 16) T::store(head + d, _mm512_loadu_ps(x + d));
@@ -247,10 +260,12 @@ static void attend_all(const Op& op, const Step& s, float* scratch) {
     using Value = typename T::Value;
     const Cache<T> cache = cache_of<T>(op, s);
     const int64_t D = s.head_dim, shared = s.heads / s.kv_heads, row = (s.heads + 2 * s.kv_heads) * D;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 4)
     for (int64_t task = 0; task < s.groups * s.kv_heads; task++) {
         const int64_t group = task / s.kv_heads, h = task % s.kv_heads;
-        const int64_t from = s.group_starts[group], count = (s.group_starts[group + 1] - from) * shared;
+        const int64_t from = s.group_starts[group], next = h + 1 < s.kv_heads ? from : s.group_starts[group + 1];
+        const void* ahead = cache.keys + cache.head(next < s.tokens ? s.slots[next] : 0, (h + 1) % s.kv_heads);
+        const int64_t count = (s.group_starts[group + 1] - from) * shared;
         for (int64_t done = 0; done < count; done += MAX_QUERIES) {
             const Value* q[MAX_QUERIES];
             Value* out[MAX_QUERIES];
@@ -265,7 +280,7 @@ static void attend_all(const Op& op, const Step& s, float* scratch) {
             }
             with_rows(queries, [&](auto size) {
                 constexpr int R = decltype(size)::value;
-                if constexpr (R <= MAX_QUERIES) attend<T, R>(cache, s.slots[from], h, q, first, last, (float)op.value, scratch, out);
+                if constexpr (R <= MAX_QUERIES) attend<T, R>(cache, s.slots[from], h, q, first, last, (float)op.value, scratch, out, ahead);
             });
         }
     }
@@ -314,12 +329,19 @@ static void run(const Op& op, const Step& s, float* scratch) {
     switch (op.kind) {
         case EMBED: return embed<T>(op, s);
         case NORM: return norm<T>(op, s, scratch);
-        case PRODUCT: return op.weight == INT8 ? product<T, Int8>(op, s) : product<T, Float<T>>(op, s);
+        case PRODUCT: return op.weight == INT8 ? any_product<T, Int8>(op, s) : any_product<T, Float<T>>(op, s);
         case STORE: return store<T>(op, s);
         case ATTEND: return attend_all<T>(op, s, scratch);
         case ACTIVATE: return activate<T>(op, s, scratch);
         case QUANTISE: return quantise<T>(op, s, scratch);
     }
+}
+
+static void run_one(const Op& op, const Step& s, float* scratch) {
+#ifdef __AVX512BF16__
+    if (s.bf16) return run<Bf16>(op, s, scratch);
+#endif
+    run<Fp32>(op, s, scratch);
 }
 
 extern "C" {
@@ -340,14 +362,11 @@ void lb_run(const Op* ops, int64_t count, const Step* step) {
 #pragma omp parallel num_threads((int)step->threads)
     {
         float* scratch = step->scratch + omp_get_thread_num() * step->scratch_floats;
+        const bool timed = step->seconds && omp_get_thread_num() == 0;
         for (int64_t i = 0; i < count; i++) {
-#ifdef __AVX512BF16__
-            if (step->bf16) {
-                run<Bf16>(ops[i], *step, scratch);
-                continue;
-            }
-#endif
-            run<Fp32>(ops[i], *step, scratch);
+            const double start = timed ? omp_get_wtime() : 0;
+            run_one(ops[i], *step, scratch);
+            if (timed) step->seconds[ops[i].kind] += omp_get_wtime() - start;
         }
     }
 }

@@ -1,0 +1,139 @@
+"""The recorded CPU step against the plain decoder, and its promise: a row's bits depend on nothing but its own tokens."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import NATIVE_VARIANTS, native, packed_logits, random_ids, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorabatch import kernels
+from lorabatch.infer.program import PAGE, Program, group_size, pack, unsupported
+
+pytestmark = pytest.mark.skipif(kernels.library("step") is None, reason="no CPU kernels on this machine (compiler or AVX-512 missing)")
+SLOTS, CAPACITY = 4, 2 * PAGE
+LENGTHS = (70, 9, 1, 33)
+
+
+def record(model, *, quantize="none", max_tokens=256):
+    spec = model.spec
+    # ones, not zeros: a program must never read what it has not written
+    cache = torch.ones(spec.num_layers, 2, SLOTS, spec.num_kv_heads, CAPACITY, spec.head_dim, dtype=model.decoder.dtype)
+    return Program(model.decoder, cache=cache, max_tokens=max_tokens, max_outputs=max_tokens, quantize=quantize)
+
+
+def feed(program, pieces):
+    """Run pieces (slot, start, token ids) as one flat batch; logits [tokens, V]."""
+    ids, positions, slots, groups = [], [], [], [0]
+    for slot, start, tokens in pieces:
+        size = group_size(program.spec)
+        groups += [len(ids) + min(i + size, len(tokens)) for i in range(0, len(tokens), size)]
+        ids += tokens
+        positions += range(start, start + len(tokens))
+        slots += [slot] * len(tokens)
+    program.run(ids, positions, slots, groups)
+    return program.logits(range(len(ids))).clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NATIVE_VARIANTS)
+def test_program_agrees_with_the_plain_decoder(name, dtype):
+    model = native(tiny_model(name), dtype=dtype)
+    if name == "gpt2-gelu":
+        assert "GELU" in unsupported(model.spec, dtype)
+        return
+    if unsupported(model.spec, dtype):
+        pytest.skip(unsupported(model.spec, dtype))
+    documents = random_ids(LENGTHS)
+    ours = feed(record(model), [(slot, 0, ids.tolist()) for slot, ids in enumerate(documents)])
+    exact = torch.cat(packed_logits(native(tiny_model(name).to(dtype).float()), documents))  # the same rounded weights, in fp32
+    if dtype == torch.float32:
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4)
+    else:  # the residual stream stays in fp32, so we must be closer to the exact result than the plain path is
+        plain = torch.cat(packed_logits(model, documents)).float()
+        assert (ours - exact).norm() < (plain - exact).norm()
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral-window", "qwen3"])
+def test_bits_do_not_depend_on_chunks_slots_or_neighbours(name, quantize):
+    model = native(tiny_model(name), dtype=torch.bfloat16)
+    if unsupported(model.spec, torch.bfloat16, quantize=quantize):
+        pytest.skip(unsupported(model.spec, torch.bfloat16, quantize=quantize))
+    program, documents = record(model, quantize=quantize), [ids.tolist() for ids in random_ids(LENGTHS)]
+    alone = [feed(program, [(0, 0, ids)]) for ids in documents]
+
+    @settings(max_examples=15, deadline=None)
+    @given(st.data())
+    def any_schedule_gives_the_same(data):
+        order = data.draw(st.permutations(range(len(documents))))  # document order[i] lives in slot i
+        done, got = [0] * len(documents), [[] for _ in documents]
+        while any(done[d] < LENGTHS[d] for d in order):
+            takes = [(slot, d, data.draw(st.integers(0, LENGTHS[d] - done[d]))) for slot, d in enumerate(order) if done[d] < LENGTHS[d]]
+            takes = [t for t in takes if t[2]] or [(takes[0][0], takes[0][1], 1)]
+            rows = feed(program, [(slot, done[d], documents[d][done[d] : done[d] + n]) for slot, d, n in takes])
+            for (_, d, n), part in zip(takes, rows.split([n for _, _, n in takes]), strict=True):
+                got[d].append(part)
+                done[d] += n
+        for d, parts in enumerate(got):
+            assert torch.equal(torch.cat(parts), alone[d])
+
+    any_schedule_gives_the_same()
+
+
+def test_number_of_threads_does_not_change_a_bit():
+    model = native(tiny_model("llama"))
+    pieces = [(slot, 0, ids.tolist()) for slot, ids in enumerate(random_ids(LENGTHS))]
+    one = feed(record(model), pieces)
+    torch.set_num_threads(3)
+    assert torch.equal(one, feed(record(model), pieces))
+
+
+def test_greedy_is_the_first_of_the_largest_logits():
+    model = native(tiny_model("llama"))
+    model.decoder.head.product.weight[7] = model.decoder.head.product.weight[200]  # a tie: 7 must win over 200
+    program = record(model)
+    logits = feed(program, [(0, 0, random_ids([120])[0].tolist())])
+    assert torch.equal(logits[:, 7], logits[:, 200])
+    assert program.greedy(range(120)) == logits.argmax(dim=-1).tolist()
+
+
+def test_quantised_weights_round_to_the_nearest_of_255_steps_per_row():
+    weight = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    packed = pack(weight, quantize="int8")
+    values = packed.panels.view(-1, 16, 48, 4).permute(0, 2, 1, 3).reshape(-1, 64)[:100]  # panels back to rows
+    scales = packed.scales[:100, None]
+    assert ((values * scales - weight).abs() <= scales / 2 + 1e-6).all()
+    assert torch.equal(packed.sums[:100], 128 * values.sum(dim=1, dtype=torch.int32))
+
+
+def test_int8_stays_close():
+    model = native(tiny_model("llama"))
+    pieces = [(slot, 0, ids.tolist()) for slot, ids in enumerate(random_ids(LENGTHS))]
+    exact, rough = feed(record(model), pieces), feed(record(model, quantize="int8"), pieces)
+    error = (rough - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.1  # it is quantised, and not broken
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_without_a_compiler_one_line_says_so_and_work_goes_on(tmp_path):
+    code = "import torch; from lorabatch.kernels import library; print(library('step'), library('step'))"
+    done = run_python(code, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path), PYTHONPATH="src")
+    assert done.stdout.strip() == "None None"
+    assert done.stderr.count("CPU kernels: step not built") == 1 and "Traceback" not in done.stderr
+    off = run_python(code, LORABATCH_KERNELS="off", PYTHONPATH="src")
+    assert (off.stdout.strip(), off.stderr) == ("None None", "")
+
+
+def test_kernels_share_the_thread_pool_of_torch():
+    """Two OpenMP libraries in one process would be two pools on the same cores."""
+    kernels.library("step")
+    with open("/proc/self/maps") as file:
+        loaded = {line.split()[-1] for line in file if "gomp" in line or "iomp" in line or "libomp" in line}
+    assert len(loaded) == 1, loaded
