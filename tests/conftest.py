@@ -1,9 +1,12 @@
 """Fixtures for all tests: tiny model folders on disk, and the packaged real model for slow tests."""
 
 import os
+import tempfile
 
 # Before anything imports the Hugging Face libraries: no test may reach the network.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# Rates measured while tests keep the machine busy must not become this machine's ceilings.
+os.environ["LORABATCH_CEILINGS"] = tempfile.mkdtemp(prefix="lorabatch-ceilings-")
 
 import pytest
 import torch

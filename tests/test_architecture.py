@@ -14,11 +14,11 @@ ALLOWED = {
     "hub": {"base", "model"},  # one writer of tensor files, imported inside the converting function
     "kernels": {"base", "kernels"},
     "model": {"base", "pure", "corpus", "hub", "kernels", "model"},
-    "ceilings": {"base", "pure", "model", "ceilings"},
+    "ceilings": {"base", "pure", "hub", "model", "ceilings"},
     "train": {"base", "pure", "corpus", "hub", "model", "ceilings", "train"},
     "infer": {"base", "pure", "corpus", "hub", "kernels", "model", "ceilings", "infer"},
     "report": {"base", "pure", "report"},
-    "cli": {"base", "hub", "model", "train", "infer", "report", "cli"},
+    "cli": {"base", "hub", "model", "ceilings", "train", "infer", "report", "cli"},
 }
 # Longer than the budget on purpose: one funnel that reads from top to bottom.
 LONG_FUNCTIONS = {("train.run", "_train"), ("infer.run", "_infer"), ("train.loop", "train_loop")}

@@ -47,7 +47,7 @@ def test_gpus_get_bf16_only_where_it_is_native(capability, expected, monkeypatch
 
 @pytest.mark.parametrize(("has_it", "faster"), [(True, True), (True, False), (False, True), (False, False)])
 def test_cpus_get_bf16_only_if_native_and_faster(has_it, faster, monkeypatch):
-    monkeypatch.setattr(device, "_cpu_has_bf16", lambda: has_it)
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: has_it)
     monkeypatch.setattr(device, "_bf16_is_faster", lambda: faster)
     assert choose_dtype("auto", CPU) == (torch.bfloat16 if has_it and faster else torch.float32)
 
@@ -67,9 +67,9 @@ def test_bf16_is_read_from_the_processors_flags(line, expected, tmp_path, monkey
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\n" + line)
     monkeypatch.setattr(device, "open", lambda path, **kwargs: cpuinfo.open(**kwargs), raising=False)
-    assert device._cpu_has_bf16() == expected
+    assert device.cpu_has_bf16() == expected
     cpuinfo.unlink()
-    assert not device._cpu_has_bf16()  # no such file: not Linux
+    assert not device.cpu_has_bf16()  # no such file: not Linux
 
 
 @pytest.mark.parametrize(("fp32_s", "bf16_s", "expected"), [(2.0, 1.0, True), (1.2, 1.0, True), (1.1, 1.0, False), (1.0, 2.0, False)])

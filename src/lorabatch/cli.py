@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabatch import __version__
-from lorabatch.config import FetchConfig, InferConfig, MergeConfig, ReportConfig, TrainConfig
+from lorabatch.config import BenchMachineConfig, FetchConfig, InferConfig, MergeConfig, ReportConfig, TrainConfig
 from lorabatch.errors import LorabatchError, UsageError, nearest
 from lorabatch.settings import Settings, parse
 
@@ -49,6 +49,12 @@ def _report(config: ReportConfig, extras: dict[str, Any], command: list[str]) ->
     return 0
 
 
+def _bench_machine(config: BenchMachineConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.measure.machine import run_bench_machine
+
+    return run_bench_machine(config)
+
+
 Command = tuple[type[Settings], Callable[[Any, dict[str, Any], list[str]], int], dict[str, str]]
 COMMANDS: dict[str, Command] = {
     "train": (TrainConfig, _train, {}),
@@ -56,12 +62,14 @@ COMMANDS: dict[str, Command] = {
     "report": (ReportConfig, _report, {"runs": "run folders: training and inference, in any order"}),
     "merge": (MergeConfig, _merge, {}),
     "fetch": (FetchConfig, _fetch, {"name": "name on the hub, .gguf file, or smollm2-135m"}),
+    "bench machine": (BenchMachineConfig, _bench_machine, {}),
 }
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}  # commands of two words
 
 
 def usage() -> str:
     lines = [f"lorabatch {__version__}: LoRA fine-tuning and batched inference", "", "usage: lorabatch COMMAND [flags]", ""]
-    lines += [f"  {name:8} {config.__doc__.splitlines()[0]}" for name, (config, _, _) in COMMANDS.items() if config.__doc__]
+    lines += [f"  {name:14} {config.__doc__.splitlines()[0]}" for name, (config, _, _) in COMMANDS.items() if config.__doc__]
     return "\n".join(
         [
             *lines,
@@ -81,10 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(__version__)
         return 0
-    if argv[0] not in COMMANDS:
-        print(f"lorabatch: {UsageError(f'unknown command {argv[0]!r}', fix=nearest(argv[0], COMMANDS))}", file=sys.stderr)
+    count = 2 if argv[0] in GROUPS else 1
+    name = " ".join(argv[:count])
+    if name not in COMMANDS:
+        print(f"lorabatch: {UsageError(f'unknown command {name!r}', fix=nearest(name, COMMANDS))}", file=sys.stderr)
         return 64
-    return run_command(argv[0], argv[1:])
+    return run_command(name, argv[count:])
 
 
 def run_command(name: str, argv: list[str], *, prog: str | None = None) -> int:

@@ -120,3 +120,13 @@ class ReportConfig(Settings):
 
     output_dir: str = setting("report", "folder for RELATORIO.md and report.html")
     language: str = setting("en", "language of report.html", choices=("en", "pt"))
+
+
+@dataclass(frozen=True)
+class BenchMachineConfig(Settings):
+    """Measure what this machine can do (matrix products, memory) and keep it as the ceiling of its runs."""
+
+    output: str | None = setting(None, "also write the record to this JSON file")
+    seconds: float = setting(0.1, "time spent on each figure", above=0)
+    no_cuda: bool = setting(False, "stay on the CPU")
+    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)

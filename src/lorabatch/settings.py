@@ -189,7 +189,7 @@ def parse(
 
 
 def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict[str, Any]:
-    """Settings from a TOML file: top-level keys, and those of the table ``[train]`` or ``[infer]``.
+    """Settings from a TOML file: top-level keys, and those of the command's table: ``[train]``, ``[bench.machine]``.
 
     Tables of other commands are left alone, so that one file can describe a whole experiment.
     """
@@ -199,13 +199,14 @@ def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict
         raise UsageError("no such file", where=f"--config {path}", fix="check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"not a readable TOML file ({error})", where=path, fix="mend the line it names") from None
-    merged = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    commands = ("train", "infer", "merge", "fetch", "report")
+    commands = ("train", "infer", "merge", "fetch", "report", "bench", "profile", "compare")
     for name in table:
         if isinstance(table[name], dict) and name not in commands:
             raise UsageError(f"unknown table [{name}]", where=path, fix=nearest(name, commands))
-    if command in table:
-        merged |= table[command]
+    sections = [table]
+    for word in command.split():
+        sections.append(sections[-1].get(word, {}))
+    merged = {k: v for section in sections for k, v in section.items() if not isinstance(v, dict)}
     hints = typing.get_type_hints(config_class)
     for key, value in merged.items():
         if key not in hints:

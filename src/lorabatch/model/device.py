@@ -55,10 +55,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return TYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if _cpu_has_bf16() and _bf16_is_faster() else torch.float32
+    return torch.bfloat16 if cpu_has_bf16() and _bf16_is_faster() else torch.float32
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
             flags = next((line for line in file if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,110 @@
+"""Repeated measurements and what may be concluded from them. Pure: ``lorabatch bench`` and ``compare`` build on it.
+
+Rules of Hoefler and Belli, SC'15 (doi 10.1145/2807591.2807644): medians with nonparametric intervals instead of means
+and assumed normality, absolute values beside every ratio, "faster" only where the intervals do not overlap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lorabatch.measure.environment import environment
+from lorabatch.measure.statistics import mean, percentile
+from lorabatch.records import SCHEMA_VERSION, utc_now
+
+CONFIDENCE = 0.95
+WORTH_IT = 0.5  # a step up is worth it while it brings at least half of its share: doubling brings 1.5 times
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float] | None:
+    """(low, high, coverage): order statistics that hold the median of any distribution with at least ``confidence``.
+
+    The k-th smallest and the k-th largest miss it when fewer than k of n fair coins fall on one
+    side. None below six values: even their extremes hold it with less than 95 %.
+    """
+    ordered, n = sorted(values), len(values)
+    best = None
+    for k in range(1, n // 2 + 1):
+        coverage = 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
+        if coverage < confidence:
+            break
+        best = (ordered[k - 1], ordered[n - k], coverage)
+    return best
+
+
+def estimate(values: Sequence[float]) -> dict[str, Any]:
+    """``values``, their ``median``, and ``low``, ``high``, ``coverage`` of its interval (None where there are too few)."""
+    low, high, coverage = median_interval(values) or (None, None, None)
+    return {"median": percentile(values, 50), "low": low, "high": high, "coverage": coverage, "values": list(values)}
+
+
+def alternating(levels: Sequence[int], repetitions: int) -> Iterator[int]:
+    """1 2 3, 3 2 1, 1 2 3, …: a slow drift of the machine meets every level alike."""
+    for repetition in range(repetitions):
+        yield from levels if repetition % 2 == 0 else reversed(levels)
+
+
+def sweep(name: str, levels: Sequence[int], repetitions: int, measure: Callable[[int], Mapping[str, float | None]]) -> list[dict[str, Any]]:
+    """Points ``{name: level, metric: estimate}``; ``measure(level)`` gives the metrics of one repetition, warmed up before."""
+    taken: dict[int, list[Mapping[str, float | None]]] = {level: [] for level in levels}
+    for level in alternating(levels, repetitions):
+        taken[level].append(measure(level))
+    return [
+        {name: level, **{metric: estimate([v for r in rows if (v := r[metric]) is not None]) for metric in rows[0]}}
+        for level, rows in taken.items()
+    ]
+
+
+def serial_share(workers: Sequence[int], seconds: Sequence[float]) -> float | None:
+    """Amdahl's s of t(p) = t(1) (s + (1 - s) / p): least squares of t on 1/p, kept within 0 and 1. None below two p."""
+    if len(set(workers)) < 2:
+        return None
+    xs = [1 / p for p in workers]
+    x_mean, t_mean = mean(xs) or 0.0, mean(seconds) or 0.0
+    slope = math.fsum((x - x_mean) * (t - t_mean) for x, t in zip(xs, seconds, strict=True)) / math.fsum((x - x_mean) ** 2 for x in xs)
+    constant = t_mean - slope * x_mean
+    return min(1.0, max(0.0, constant / (constant + slope)))
+
+
+def karp_flatt(speedup: float, workers: int) -> float | None:
+    """Experimentally determined serial share, (1/S - 1/p) / (1 - 1/p): a rise with p is overhead. None for one worker."""
+    return (1 / speedup - 1 / workers) / (1 - 1 / workers) if workers > 1 else None
+
+
+def knee(levels: Sequence[int], rates: Sequence[float]) -> int | None:
+    """The level after which a step up stops paying (WORTH_IT); levels ascend. None without two levels."""
+    if len(levels) < 2:
+        return None
+    for (level, rate), (above, rate_above) in zip(zip(levels, rates, strict=True), zip(levels[1:], rates[1:], strict=True), strict=False):
+        if rate_above / rate - 1 < WORTH_IT * (above / level - 1):
+            return level
+    return levels[-1]
+
+
+def bench_record(kind: str, name: str, points: Sequence[Mapping[str, Any]], *, command: Sequence[str], **facts: Any) -> dict[str, Any]:
+    """What ``lorabatch bench`` writes and ``report`` and ``compare`` read.
+
+    kind: ``bench train`` or ``bench infer``; name: what was swept, ``batch_size`` or ``threads``;
+    points: of ``sweep``, each with ``tokens_per_s``; facts: config, model, device, dtype, threads.
+    """
+    levels, rates = [p[name] for p in points], [p["tokens_per_s"]["median"] for p in points]
+    found: dict[str, Any] = {}
+    if name == "threads":
+        found["serial_share"] = serial_share(levels, [1 / rate for rate in rates])
+        base = dict(zip(levels, rates, strict=True)).get(1)
+        found["karp_flatt"] = {p: karp_flatt(rate / base, p) for p, rate in zip(levels, rates, strict=True)} if base else None
+    else:
+        found["knee"] = knee(levels, rates)
+    head = {"schema_version": SCHEMA_VERSION, "kind": kind, "sweep": name, "measured_at": utc_now(), "command": list(command)}
+    return {**head, "environment": environment(), **facts, **found, "points": [dict(p) for p in points]}
+
+
+def verdict(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """For two estimates of a rate: ``faster``, ``slower`` (b than a), ``overlap``, or ``too few`` values to say."""
+    if a["low"] is None or b["low"] is None:
+        return "too few"
+    if b["low"] > a["high"]:
+        return "faster"
+    return "slower" if b["high"] < a["low"] else "overlap"

@@ -1,0 +1,79 @@
+"""Ceilings: measured once per machine, kept, found again; the vendor's figures by device name."""
+
+import json
+
+import pytest
+import torch
+
+from lorabatch.cli import main
+from lorabatch.measure import machine
+from lorabatch.measure.peaks import PEAKS, known_peak
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORABATCH_CEILINGS", str(tmp_path / "kept"))
+    monkeypatch.setattr(machine, "CPU_SHAPES", ((64, 96),))
+    monkeypatch.setattr(machine, "CPU_ROWS", (1, 8))
+    return tmp_path
+
+
+def test_a_ceiling_is_measured_once(own_cache, monkeypatch):
+    first = machine.measured_flops_per_s(torch.float32, CPU)
+    monkeypatch.setattr(machine, "gemm_rates", lambda *a, **k: pytest.fail("measured again"))
+    assert machine.measured_flops_per_s(torch.float32, CPU) == first > 0
+    machine.cache_file(CPU).write_text("{torn")
+    with pytest.raises(pytest.fail.Exception):
+        machine.measured_flops_per_s(torch.float32, CPU)
+
+
+def test_other_threads_have_other_ceilings(own_cache):
+    one = machine.cache_file(CPU)
+    torch.set_num_threads(2)
+    assert machine.cache_file(CPU) != one
+
+
+def test_an_unwritable_cache_costs_a_measurement_not_the_run(own_cache, monkeypatch):
+    monkeypatch.setenv("LORABATCH_CEILINGS", "/proc/nowhere")
+    assert machine.measured_flops_per_s(torch.float32, CPU) > 0
+
+
+def test_bench_machine(own_cache, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "bandwidth", lambda device, seconds: {"read_bytes_per_s": 2e10, "copy_bytes_per_s": 3e10})
+    path = own_cache / "machine.json"
+    assert main(["bench", "machine", "--seconds", "0.002", "--no_cuda", "--output", str(path), "--threads", "1"]) == 0
+    record = json.loads(path.read_text())
+    kernels = {(r["dtype"], r["kernel"]) for r in record["gemm"]}
+    assert {("fp32", "linear"), ("fp32", "prepacked")} <= kernels
+    best = max(r["flops_per_s"] for r in record["gemm"] if r["dtype"] == "fp32")
+    assert record["fp32_flops_per_s"] == best == machine.measured_flops_per_s(torch.float32, CPU), "runs use what the command kept"
+    assert machine.measured_bytes_per_s(CPU) == 2e10
+    shown = capsys.readouterr().out
+    assert "20.0 GB/s" in shown and all(peak.name in shown for peak in PEAKS)
+
+
+def test_bench_needs_a_known_second_word(capsys):
+    assert main(["bench"]) == 64 and main(["bench", "machin"]) == 64
+    assert "did you mean 'bench machine'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "expected"),
+    [
+        ("Tesla V100-SXM2-16GB", 16, "V100"),
+        ("NVIDIA A100-SXM4-40GB", 40, "A100 40 GB"),
+        ("NVIDIA A100-SXM4-80GB", 80, "A100 80 GB"),
+        ("NVIDIA H100 80GB HBM3", 80, "H100"),
+        ("NVIDIA H200", 141, "H200"),
+        ("NVIDIA GH200 480GB", 95, "GH200 96 GB"),
+        ("NVIDIA GH200 144G HBM3e", 143, "GH200 144 GB"),
+        ("AMD Instinct MI300A", 128, "MI300A"),
+        ("NVIDIA A100 80GB PCIe", 80, None),
+        ("NVIDIA GeForce RTX 4090", 24, None),
+    ],
+)
+def test_vendor_figures_by_name(device, memory, expected):
+    peak = known_peak(device, memory * 10**9)
+    assert (peak.name if peak else None) == expected

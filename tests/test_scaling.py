@@ -1,0 +1,98 @@
+"""Intervals, sweeps, Amdahl, Karp-Flatt and the knee on cases worked out by hand."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorabatch.measure.scaling import (
+    alternating,
+    bench_record,
+    estimate,
+    karp_flatt,
+    knee,
+    median_interval,
+    serial_share,
+    sweep,
+    verdict,
+)
+
+
+def test_interval_of_the_median():
+    """n = 6: 1 - 2/64; n = 9, second to eighth: 1 - 2 (1 + 9)/512; n = 5 cannot reach 95 %: 1 - 2/32."""
+    assert [median_interval(range(n)) for n in range(6)] == [None] * 6
+    assert median_interval([6, 5, 4, 3, 2, 1]) == (1, 6, 1 - 2 / 64)
+    assert median_interval(range(1, 10)) == (2, 8, 1 - 20 / 512)
+    assert median_interval(range(1, 6), confidence=0.9) == (1, 5, 1 - 2 / 32)
+
+
+@pytest.mark.parametrize("n", [6, 7, 12, 25])
+def test_interval_covers_the_median_as_often_as_it_says(n):
+    """Of 4,000 skewed samples; three standard errors of a share near 0.95 are 0.01."""
+    draw = random.Random(n)
+    hits, trials = 0, 4000
+    for _ in range(trials):
+        low, high, coverage = median_interval([draw.expovariate(1.0) for _ in range(n)])
+        hits += low <= 0.6931 <= high
+    assert hits / trials == pytest.approx(coverage, abs=0.011)
+
+
+def test_estimate_of_none_one_and_two_values():
+    nothing = {"low": None, "high": None, "coverage": None}
+    assert estimate([]) == {"median": None, "values": [], **nothing}
+    assert estimate([3.0]) == {"median": 3.0, "values": [3.0], **nothing}
+    assert estimate([1.0, 2.0]) == {"median": 1.5, "values": [1.0, 2.0], **nothing}
+
+
+def test_a_sweep_alternates_its_order():
+    seen = []
+
+    def measure(level):
+        seen.append(level)
+        return {"tokens_per_s": 10.0 * level + len(seen), "latency_ms": None}
+
+    points = sweep("batch_size", [1, 2, 4], 3, measure)
+    assert seen == [1, 2, 4, 4, 2, 1, 1, 2, 4] == list(alternating([1, 2, 4], 3))
+    assert [p["batch_size"] for p in points] == [1, 2, 4]
+    assert points[1]["tokens_per_s"]["values"] == [22.0, 25.0, 28.0] and points[1]["tokens_per_s"]["median"] == 25.0
+    assert points[0]["latency_ms"]["median"] is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0, 1), st.floats(0.1, 100))
+def test_amdahls_share_is_recovered(share, one):
+    workers = [1, 2, 4, 8]
+    assert serial_share(workers, [one * (share + (1 - share) / p) for p in workers]) == pytest.approx(share, abs=1e-9)
+
+
+def test_shares_by_hand():
+    assert serial_share([1], [2.0]) is None and serial_share([2, 2], [1.0, 1.1]) is None
+    assert serial_share([1, 2], [10.0, 4.0]) == 0  # faster than linear
+    assert serial_share([1, 2], [10.0, 11.0]) == 1  # slower with two
+    assert karp_flatt(1.0, 1) is None
+    assert karp_flatt(1.6, 2) == pytest.approx((0.625 - 0.5) / 0.5)
+    assert karp_flatt(4.0, 4) == 0
+
+
+def test_the_knee_is_where_a_doubling_brings_less_than_half_of_its_share():
+    assert knee([], []) is None and knee([4], [1.0]) is None
+    assert knee([1, 2, 4, 8], [10, 19, 30, 40]) == 4  # 1.9, 1.58, 1.33 times
+    assert knee([1, 2, 4], [10, 20, 40]) == 4 and knee([1, 2], [10, 10]) == 1
+    assert knee([2, 6], [10, 21]) == 6 and knee([2, 6], [10, 19]) == 2  # three times the batch: at least twice the rate
+
+
+def test_faster_only_where_intervals_do_not_overlap():
+    a, b = estimate([100, 101, 102, 103, 104, 105]), estimate([106, 107, 108, 109, 110, 111])
+    assert (verdict(a, b), verdict(b, a)) == ("faster", "slower")
+    assert verdict(a, estimate([105, 106, 107, 108, 109, 110])) == "overlap"
+    assert verdict(a, estimate([500.0, 501.0])) == "too few"
+
+
+def test_a_record_says_what_was_swept_and_what_follows():
+    points = [{"threads": p, "tokens_per_s": estimate([r])} for p, r in ((1, 100.0), (2, 160.0))]
+    record = bench_record("bench infer", "threads", points, command=["lorabatch"], device="cpu")
+    assert record["serial_share"] == pytest.approx(0.25) and record["karp_flatt"] == {1: None, 2: pytest.approx(0.25)}
+    points = [{"batch_size": p, "tokens_per_s": estimate([r])} for p, r in ((1, 100.0), (2, 120.0))]
+    record = bench_record("bench infer", "batch_size", points, command=[], device="cpu")
+    assert record["knee"] == 1 and record["environment"]["host"] and record["points"][1]["batch_size"] == 2
