@@ -1,38 +1,48 @@
 """What the machine did during a run: one line a second in ``system.jsonl``, from a thread of its own.
 
-GPU figures come from NVML (package nvidia-ml-py) where it is there; what cannot be read is null.
+CPU, memory and I/O are those of this process and its descendants, from ``/proc``; limits and
+throttling are the control group's; GPU figures come from NVML (package nvidia-ml-py). What cannot be read is null.
 """
 
 from __future__ import annotations
 
+import os
+import resource
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from lorabatch.measure.statistics import mean
 from lorabatch.records import JsonlWriter
 
-FIELDS = ("cpu_percent", "rss_bytes", "read_bytes_per_s", "write_bytes_per_s", "gpu_util_percent", "gpu_memory_bytes", "gpu_power_w")
+TICKS_PER_S, PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+PSS_EVERY = 10  # samples: the kernel walks every page of the process for it
+IO_NAMES = {"rchar": "read_bytes", "wchar": "write_bytes", "read_bytes": "disk_read_bytes", "write_bytes": "disk_write_bytes"}
+COUNTERS = ("cpu_s", *IO_NAMES.values(), "throttled_s", "voluntary_switches", "involuntary_switches")
+GAUGES = ("rss_bytes", "pss_bytes", "processes", "os_threads", "gpu_util_percent", "gpu_memory_bytes", "gpu_power_w", "gpu_sm_mhz")
+UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a huge number of bytes
 
 
 class SystemSampler:
-    """Context manager. ``summary()`` afterwards: means, and maxima of memory; None where nothing was read."""
+    """Context manager. ``summary()`` afterwards: means over time, maxima of memory; None where nothing was read."""
 
     def __init__(self, path: Path, *, interval_s: float = 1.0) -> None:
         self._path, self._interval_s = path, interval_s
         self._stop = threading.Event()
-        self._process = psutil.Process()
-        self._gpu = _Nvml()
-        self.samples: list[dict[str, Any]] = []
+        self._tree, self._group, self._gpu = ProcessTree(os.getpid()), ControlGroup(), _Nvml()
+        self._before: dict[str, float] = {}
+        self._totals: dict[str, float] = {}
+        self._gauges: dict[str, list[float]] = {name: [0.0, 0.0, 0.0] for name in GAUGES}  # sum, count, maximum
+        self._throttle_reasons: dict[str, int] = {}
+        self._samples = 0
         self.own_cpu_s = 0.0
 
     def __enter__(self) -> SystemSampler:
         self._start = self._last = time.perf_counter()
-        self._process.cpu_percent()
-        self._io = self._read_io()
+        self._counted()
+        self._totals = {}
         self._start_energy_j = self._gpu.energy_j()
         self._thread = threading.Thread(target=self._loop, name="system-sampler", daemon=True)
         self._thread.start()
@@ -46,70 +56,203 @@ class SystemSampler:
         with JsonlWriter(self._path, fsync_every_s=30) as writer:
             while True:
                 stopped = self._stop.wait(self._interval_s)
-                sample = self._sample()
-                self.samples.append(sample)
-                writer.write(sample)
+                writer.write(self._sample(last=stopped))
                 if stopped:
                     self.own_cpu_s = time.thread_time()
                     return
 
-    def _sample(self) -> dict[str, Any]:
-        now, io = time.perf_counter(), self._read_io()
-        seconds = max(now - self._last, 1e-9)
-        rates = [None if a is None or b is None else (b - a) / seconds for a, b in zip(self._io, io, strict=True)]
-        self._last, self._io = now, io
-        return {
-            "t_s": round(now - self._start, 3),
-            "cpu_percent": self._process.cpu_percent(),  # 100 is one core
-            "rss_bytes": self._process.memory_info().rss,
-            "read_bytes_per_s": rates[0],
-            "write_bytes_per_s": rates[1],
-            **self._gpu.sample(),
-        }
+    def _counted(self) -> dict[str, float]:
+        """What was added to each counter since the last call; only those that could be read."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        own = {"voluntary_switches": float(usage.ru_nvcsw), "involuntary_switches": float(usage.ru_nivcsw)}
+        throttled = self._group.throttled_s()
+        own |= {} if throttled is None else {"throttled_s": throttled}
+        added = {name: value - self._before.get(name, value) for name, value in own.items()}
+        self._before = own
+        added |= self._tree.added()
+        for name, value in added.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value
+        return added
 
-    def _read_io(self) -> tuple[float | None, float | None]:
-        """Bytes read and written through system calls since the process began."""
-        try:
-            counters = self._process.io_counters()
-            return float(counters.read_chars), float(counters.write_chars)
-        except (psutil.Error, AttributeError, NotImplementedError, OSError):
-            return None, None
+    def _sample(self, *, last: bool) -> dict[str, Any]:
+        added, now = self._counted(), time.perf_counter()
+        seconds, self._last = max(now - self._last, 1e-9), now
+        gauges = {**self._tree.gauges, **self._gpu.sample()}
+        gauges["pss_bytes"] = self._tree.pss_bytes() if last or self._samples % PSS_EVERY == 0 else None
+        for name, kept in self._gauges.items():
+            if (value := gauges.get(name)) is not None:
+                kept[:] = kept[0] + value, kept[1] + 1, max(kept[2], value)
+        reasons = self._gpu.throttle_reasons()
+        for reason in reasons or ():
+            self._throttle_reasons[reason] = self._throttle_reasons.get(reason, 0) + 1
+        self._samples += 1
+        return {"t_s": round(now - self._start, 3), **_rates(added, seconds), **gauges, "gpu_throttle_reasons": reasons}
 
     def summary(self) -> dict[str, Any]:
-        def known(name: str) -> list[float]:
-            return [s[name] for s in self.samples if s[name] is not None]
-
-        figures: dict[str, Any] = {name: mean(known(name)) for name in FIELDS}
-        figures |= {f"max_{name}": max(known(name), default=None) for name in ("rss_bytes", "gpu_memory_bytes")}
+        means = {name: kept[0] / kept[1] if kept[1] else None for name, kept in self._gauges.items()}
+        figures: dict[str, Any] = {**_rates(self._totals, self._last - self._start), **means}
+        for name in ("rss_bytes", "pss_bytes", "gpu_memory_bytes", "os_threads"):
+            figures[f"max_{name}"] = self._gauges[name][2] if self._gauges[name][1] else None
         end = self._gpu.energy_j()
         figures["energy_j"] = None if end is None or self._start_energy_j is None else end - self._start_energy_j
+        figures["gpu_throttle_share"] = (
+            {reason: count / self._samples for reason, count in self._throttle_reasons.items()} if self._gpu.missing is None else None
+        )
+        figures["gpu_missing"] = self._gpu.missing
+        figures |= self._group.limits()
+        figures["sampled_s"] = self._last - self._start
         figures["sampler_cpu_s"] = self.own_cpu_s
         return figures
 
 
+def _rates(added: Mapping[str, float], seconds: float) -> dict[str, float | None]:
+    """Counters per second, under the names of the records; CPU in per cent of one core, throttling as a share."""
+    per_s = {name: added[name] / seconds if name in added and seconds > 0 else None for name in COUNTERS}
+    cpu, throttled = per_s.pop("cpu_s"), per_s.pop("throttled_s")
+    cpu_percent = None if cpu is None else 100 * cpu
+    return {"cpu_percent": cpu_percent, **{f"{name}_per_s": value for name, value in per_s.items()}, "throttled_share": throttled}
+
+
+class ProcessTree:
+    """A process and its descendants. The kernel adds a child that was waited for to its parent, so sums over the tree only grow."""
+
+    def __init__(self, root: int) -> None:
+        self._root, self._ids = root, [root]
+        self._before: dict[str, float] = {}
+        self.gauges: dict[str, float | None] = dict.fromkeys(("rss_bytes", "processes", "os_threads"))
+
+    def added(self) -> dict[str, float]:
+        """What the tree added to each counter since the last call; a process that left the tree unwaited for is lost."""
+        totals: dict[str, float] = {}
+        found, rss, threads = [], 0.0, 0.0
+        for pid in descendants(self._root):
+            with suppress(OSError, ValueError, IndexError):  # it ended meanwhile
+                counters, pages, count = _read_process(pid)
+                found.append(pid)
+                rss, threads = rss + pages * PAGE_BYTES, threads + count
+                for name, value in counters.items():
+                    totals[name] = totals.get(name, 0.0) + value
+        added = {name: max(0.0, value - self._before.get(name, value)) for name, value in totals.items()}
+        self._before, self._ids = totals, found
+        if found:
+            self.gauges = {"rss_bytes": rss, "processes": len(found), "os_threads": threads}
+        return added
+
+    def pss_bytes(self) -> float | None:
+        """Resident memory with shared pages divided among those who share them."""
+        found = [value for pid in self._ids if (value := _pss(pid)) is not None]
+        return sum(found) if found else None
+
+
+def descendants(root: int) -> list[int]:
+    """``root`` and all that descend from it. From each thread's list of children: no scan of all processes of a node."""
+    found = [root]
+    for pid in found:  # grows meanwhile
+        with suppress(OSError):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                found += [int(child) for child in (task / "children").read_text(encoding="ascii").split()]
+    return found
+
+
+def _read_process(pid: int) -> tuple[dict[str, float], int, int]:
+    """(counters, resident pages, threads). Fields of ``/proc/PID/stat`` are counted after the name, which may hold anything."""
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    counters = {"cpu_s": sum(int(field) for field in fields[11:15]) / TICKS_PER_S}  # user, system, and of children waited for
+    with suppress(OSError):  # another user's process
+        for line in Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(": ")
+            if name in IO_NAMES:
+                counters[IO_NAMES[name]] = float(value)
+    return counters, int(fields[21]), int(fields[17])
+
+
+def _pss(pid: int) -> float | None:
+    with suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+            if line.startswith("Pss:"):
+                return 1024.0 * int(line.split()[1])
+    return None
+
+
+class ControlGroup:
+    """Limits of this process's control group and of those above it (version 1 or 2): what Slurm or a container allows."""
+
+    def __init__(self, root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> None:
+        self._memory, self._cpu = [root], [root]
+        with suppress(OSError):
+            for line in membership.read_text(encoding="utf-8").splitlines():
+                _, controllers, path = line.split(":", 2)
+                for kind, folders in (("memory", self._memory), ("cpu", self._cpu)):
+                    if kind in controllers.split(","):
+                        folders[:] = _upwards(root / controllers, path) if (root / controllers).exists() else _upwards(root / kind, path)
+                    elif not controllers and (root / "cgroup.controllers").exists():
+                        folders[:] = _upwards(root, path)
+
+    def limits(self) -> dict[str, float | None]:
+        memory = [
+            value for folder in self._memory for name in ("memory.max", "memory.limit_in_bytes") for value in _numbers(folder / name)[:1]
+        ]
+        cores = [quota / period for folder in self._cpu for quota, period in [_quota(folder)] if quota and period]
+        memory = [value for value in memory if value < UNLIMITED]
+        return {"cgroup_memory_bytes": min(memory, default=None), "cgroup_cores": min(cores, default=None)}
+
+    def throttled_s(self) -> float | None:
+        """Seconds for which the group had to wait because its quota was used up."""
+        with suppress(OSError):
+            for line in (self._cpu[0] / "cpu.stat").read_text(encoding="ascii").splitlines():
+                name, value = line.split()
+                if name in ("throttled_usec", "throttled_time"):
+                    return int(value) / (1e6 if name == "throttled_usec" else 1e9)
+        return None
+
+
+def _upwards(root: Path, path: str) -> list[Path]:
+    """The group's folder and those above it, as far as they are visible from here (a container sees only its own)."""
+    folder = root / path.strip("/")
+    return [place for place in (folder, *folder.parents) if place.is_relative_to(root) and place.is_dir()] or [root]
+
+
+def _quota(folder: Path) -> tuple[float, float]:
+    both = _numbers(folder / "cpu.max")
+    if len(both) < 2:
+        both = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
+    return (both[0], both[1]) if len(both) == 2 and both[0] > 0 else (0.0, 0.0)
+
+
+def _numbers(path: Path) -> list[float]:
+    """The numbers in a one-line file; none where it is missing. "max" is no number."""
+    with suppress(OSError):
+        return [float(word) for word in path.read_text(encoding="ascii").split() if word.lstrip("-").isdigit()]
+    return []
+
+
 class _Nvml:
-    """The first visible GPU through NVML, or nulls."""
+    """The GPU of this process through NVML, or nulls; ``missing`` says why."""
 
     def __init__(self) -> None:
         self._handle: Any = None
+        self.missing: str | None = None
         try:
             import pynvml
 
-            pynvml.nvmlInit()
             self._nvml = pynvml
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        except Exception:  # no package, no driver, no permission: all mean "not measured"
-            self._handle = None
+            pynvml.nvmlInit()
+            chosen = visible_gpu(os.environ)
+            by = pynvml.nvmlDeviceGetHandleByIndex if isinstance(chosen, int) else pynvml.nvmlDeviceGetHandleByUUID
+            self._handle = by(chosen)
+        except Exception as error:  # no package, no driver, no permission: all mean "not measured"
+            self.missing = "nvidia-ml-py is not installed" if isinstance(error, ImportError) else f"NVML: {error}"
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str, *values: Any) -> Any:
         if self._handle is None:
             return None
         try:
-            return getattr(self._nvml, name)(self._handle)
-        except self._nvml.NVMLError:
+            return getattr(self._nvml, name)(self._handle, *values)
+        except (self._nvml.NVMLError, AttributeError):
             return None
 
     def energy_j(self) -> float | None:
+        """The board's own counter (Volta and later), whose difference is exact where sampled power is not."""
         millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
         return None if millijoules is None else millijoules / 1e3
 
@@ -119,11 +262,40 @@ class _Nvml:
             "gpu_util_percent": None if utilisation is None else utilisation.gpu,
             "gpu_memory_bytes": None if memory is None else memory.used,
             "gpu_power_w": None if milliwatts is None else milliwatts / 1e3,
+            "gpu_sm_mhz": self._read("nvmlDeviceGetClockInfo", 1),  # 1: NVML_CLOCK_SM
         }
+
+    def throttle_reasons(self) -> list[str] | None:
+        mask = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return None if mask is None else throttle_names(mask)
+
+
+THROTTLE_BITS = {  # of NVML's clocks throttle reasons; an idle GPU (bit 0) is not throttled
+    "application clocks": 0x2,
+    "power cap": 0x4,
+    "hardware slowdown": 0x8,
+    "sync boost": 0x10,
+    "software thermal": 0x20,
+    "hardware thermal": 0x40,
+    "power brake": 0x80,
+    "display clocks": 0x100,
+}
+
+
+def throttle_names(mask: int) -> list[str]:
+    return [name for name, bit in THROTTLE_BITS.items() if mask & bit]
+
+
+def visible_gpu(variables: Mapping[str, str]) -> int | str:
+    """Which GPU CUDA gives this rank: an index on the node, or a UUID. Slurm and users restrict it by CUDA_VISIBLE_DEVICES."""
+    rank = int(variables.get("LOCAL_RANK", "0"))
+    names = [name.strip() for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if not names:
+        return rank
+    name = names[min(rank, len(names) - 1)]
+    return int(name) if name.isdigit() else name
 
 
 def peak_memory_bytes() -> int:
     """Largest resident set of this process so far."""
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
