@@ -1,0 +1,149 @@
+"""Writes the tables of benchmarks/results/*.json into the READMEs: ``python benchmarks/tables.py``.
+
+A page says where a table goes: between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``. Nothing else on it changes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGES = ("README.md", "README.pt-BR.md", "benchmarks/peers/README.md")
+NAMES = {
+    "lorabatch": "**lorabatch**",
+    "openvino": "OpenVINO GenAI",
+    "transformers": "transformers `generate`",
+    "vllm": "vLLM (CPU)",
+    "ctranslate2": "CTranslate2",
+    "llamacpp": "llama.cpp",
+}
+Sitting = dict[str, Any]
+
+
+def newest(kind: str) -> dict[str, Any]:
+    """The results file of that kind whose name sorts last by its date; sys.exit if there is none."""
+    files = sorted((HERE / "results").glob(f"{kind}-*.json"), key=lambda path: path.stem[-10:])
+    if not files:
+        sys.exit(f"no {kind} results in {HERE / 'results'}; run: python benchmarks/{kind}.py")
+    return json.loads(files[-1].read_text(encoding="utf-8"))
+
+
+def agreement(a: list[str], b: list[str]) -> float:
+    """Share of the compared tokens before the first difference of each request: 1 is the same text."""
+    same = total = 0
+    for x, y in zip(map(str.split, a), map(str.split, b), strict=False):
+        total += len(x)
+        same += next((i for i, (p, q) in enumerate(zip(x, y, strict=True)) if p != q), len(x))
+    return same / total
+
+
+def cells(sittings: list[Sitting], engine: str) -> list[Sitting]:
+    """The measured results of one engine, each with its sitting's ``ours``: how many times as fast lorabatch was there."""
+    found = []
+    for s in sittings:
+        result, ours = s["engines"].get(engine, {}), s["engines"].get("lorabatch", {})
+        if "seconds" in result:
+            ratio = statistics.median(result["seconds"]) / statistics.median(ours["seconds"]) if "seconds" in ours else None
+            found.append(result | {"ours": ratio, "batch_size": s["batch_size"]})
+    return found
+
+
+def rows(sittings: list[Sitting]) -> Iterator[tuple[str, str, list[Sitting]]]:
+    """(mode, engine, its results) in the order of the table."""
+    for mode in ("exact", "int8"):
+        for engine in NAMES:
+            found = cells([s for s in sittings if s["mode"] == mode], engine)
+            if found:
+                yield mode, engine, found
+
+
+def middle(results: list[Sitting]) -> tuple[float, float | None]:
+    """Median tokens/s over all rounds, median over sittings of how many times as fast lorabatch was."""
+    ratios = [r["ours"] for r in results if r["ours"]]
+    return statistics.median(v for r in results for v in r["tokens_per_s"]), statistics.median(ratios) if ratios else None
+
+
+def markdown(header: list[str], body: list[list[str]], align: str) -> str:
+    marks = {"l": "---", "r": "--:"}
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, [marks[a] for a in align], *body])
+
+
+def infer_summary(results: dict[str, Any]) -> str:
+    """Tokens/s per engine and batch size, and behind it how many times as fast lorabatch was in the same sitting."""
+    parts = []
+    for workload in ("repeated", "distinct"):
+        sittings = [s for s in results["sittings"] if s["workload"] == workload]
+        sizes = sorted({s["batch_size"] for s in sittings})
+        body = []
+        for _, engine, found in rows(sittings):
+            line = [NAMES[engine], found[0]["dtype"]]
+            for size in sizes:
+                at_size = [r for r in found if r["batch_size"] == size]
+                rate, ratio = middle(at_size) if at_size else (None, None)
+                shown = f"{rate:,.0f}" if rate else "–"
+                line.append(f"**{shown}**" if engine == "lorabatch" and rate else shown + (f" ({ratio:.2f}x)" if ratio else ""))
+            body.append(line)
+        if body:
+            parts.append(markdown([f"{workload} prompts", "", *map(str, sizes)], body, "ll" + "r" * len(sizes)))
+    return "\n\n".join(parts)
+
+
+def infer_full(results: dict[str, Any]) -> str:
+    """One line per engine, mode, workload and batch size, with everything that was measured."""
+    body = []
+    for workload in ("repeated", "distinct"):
+        sittings = [s for s in results["sittings"] if s["workload"] == workload]
+        exact = {
+            s["batch_size"]: s["engines"]["lorabatch"] for s in sittings if s["mode"] == "exact" and "seconds" in s["engines"]["lorabatch"]
+        }
+        for mode, engine, found in rows(sittings):
+            for size in sorted({r["batch_size"] for r in found}):
+                at_size = [r for r in found if r["batch_size"] == size]
+                rates = [v for r in at_size for v in r["tokens_per_s"]]
+                rate, ratio = middle(at_size)
+                same = agreement(exact[size]["first_tokens"], at_size[-1]["first_tokens"]) if size in exact else None
+                body.append(
+                    [
+                        f"{workload} {size}",
+                        f"{NAMES[engine]} {mode} ({at_size[-1]['dtype']})",
+                        f"{rate:,.0f} ({min(rates):,.0f}..{max(rates):,.0f})",
+                        f"{len(rates)}",
+                        "–" if ratio is None else f"{ratio:.2f}",
+                        f"{max(r['peak_rss_bytes'] for r in at_size) / 2**30:.1f}",
+                        f"{statistics.median(r['startup_s'] for r in at_size):.1f}",
+                        "–" if same is None else f"{same:.0%}",
+                    ]
+                )
+    header = ["batch", "engine", "tokens/s (min..max)", "rounds", "lorabatch / it", "peak GiB", "start-up s", "same beginning"]
+    return markdown(header, body, "llrrrrrr")
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "infer": ("infer", infer_summary),
+    "infer-full": ("infer", infer_full),
+}
+
+
+def insert(page: str, name: str, table: str) -> str:
+    """``page`` with ``table`` between the marks of that name; the page as it is where it has none."""
+    marks = rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)"
+    return re.sub(marks, lambda m: f"{m[1]}\n{table}\n\n{m[2]}", page, flags=re.DOTALL)
+
+
+def main() -> None:
+    for page in (HERE.parent / name for name in PAGES):
+        text = page.read_text(encoding="utf-8")
+        for name, (kind, render) in TABLES.items():
+            if f"<!-- bench:{name} -->" in text:
+                text = insert(text, name, render(newest(kind)))
+        page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

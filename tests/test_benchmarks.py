@@ -1,0 +1,74 @@
+"""The README's tables come from the results files and from nothing else."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import tables  # noqa: E402
+
+
+def engine(seconds, tokens=128, first_tokens=("1 2 3 4",), dtype="bf16"):
+    return {
+        "dtype": dtype,
+        "seconds": seconds,
+        "tokens_per_s": [tokens / s for s in seconds],
+        "peak_rss_bytes": 2**30,
+        "startup_s": 1.0,
+        "first_tokens": list(first_tokens),
+    }
+
+
+def sitting(engines, mode="exact", batch_size=2):
+    return {"mode": mode, "workload": "repeated", "batch_size": batch_size, "engines": engines}
+
+
+def test_ratios_are_taken_within_a_sitting():
+    """A slow hour of the machine slows both sides: the ratio is 2 in both sittings, whatever the hour."""
+    quick = sitting({"lorabatch": engine([1.0, 1.1, 1.0]), "openvino": engine([2.0, 2.0, 2.0])})
+    slow = sitting({"lorabatch": engine([10.0]), "openvino": engine([20.0])})
+    alone = sitting({"openvino": engine([0.1])})
+    rate, ratio = tables.middle(tables.cells([quick, slow, alone], "openvino"))
+    assert ratio == 2.0
+    assert rate == 64.0
+
+
+def test_a_missing_engine_has_no_row():
+    results = {"sittings": [sitting({"lorabatch": engine([1.0]), "openvino": engine([2.0]), "vllm": {"missing": "not installed"}})]}
+    summary, full = tables.infer_summary(results), tables.infer_full(results)
+    assert "| OpenVINO GenAI | bf16 | 64 (2.00x) |" in summary
+    assert "vLLM" not in summary + full
+    assert "| **lorabatch** | bf16 | **128** |" in summary
+
+
+def test_agreement_counts_to_the_first_difference():
+    assert tables.agreement(["1 2 3 4"], ["1 2 9 4"]) == 0.5
+    assert tables.agreement(["1 2", "3 4"], ["1 2", "3 4"]) == 1.0
+
+
+def test_only_the_marked_part_of_a_page_changes():
+    page = "before\n<!-- bench:infer -->\nold\n<!-- /bench:infer -->\nafter\n<!-- bench:train -->\n<!-- /bench:train -->\n"
+    new = tables.insert(page, "infer", r"| 1\2 |")
+    assert new == page.replace("\nold\n", "\n\n| 1\\2 |\n\n")
+    assert tables.insert(new, "infer", r"| 1\2 |") == new
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("infer-*.json")), ids=lambda path: path.stem)
+def test_recorded_results_count_their_tokens(path):
+    for record in json.loads(path.read_text(encoding="utf-8"))["sittings"]:
+        for result in record["engines"].values():
+            if "missing" not in result:
+                assert result["output_tokens"] == record["batch_size"] * record["max_new_tokens"]
+                assert result["tokens_per_s"] == pytest.approx([result["output_tokens"] / s for s in result["seconds"]])
+
+
+def test_distinct_prompts_are_distinct():
+    infer = runpy.run_path(str(BENCHMARKS / "infer.py"))
+    prompts = infer["prompt_texts"]("distinct", 256)
+    assert len(set(prompts)) == len(prompts) == 256
+    assert len(set(infer["prompt_texts"]("repeated", 256))) == 4
