@@ -23,6 +23,10 @@ class Progress:
 
             self._bar = tqdm(total=total, unit=unit, desc=description, initial=done, dynamic_ncols=True)
 
+    @property
+    def left(self) -> int:
+        return self._total - self._done
+
     def update(self, count: int = 1, **figures: str) -> None:
         self._done += count
         if self._bar is not None:
@@ -34,7 +38,7 @@ class Progress:
     def _line(self, figures: Mapping[str, str]) -> None:
         self._last_line = time.perf_counter()
         done_here = self._done - self._first
-        left_s = (self._last_line - self._start) / max(1, done_here) * (self._total - self._done)
+        left_s = (self._last_line - self._start) / max(1, done_here) * self.left
         shown = "".join(f"  {name} {value}" for name, value in figures.items())
         print(f"{self._description}: {self._done}/{self._total} {self._unit}s{shown}  left {clock(left_s)}", file=sys.stderr, flush=True)
 

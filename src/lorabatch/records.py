@@ -13,9 +13,10 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lorabatch.errors import DataError, UnavailableError, UsageError
 
@@ -42,15 +43,35 @@ def dumps(record: Mapping[str, Any]) -> str:
     return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False, default=str)
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace ``path`` atomically: readers see the old file or the new one, never half of it."""
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The system's refusal to write (a full disk, a quota) as one line. Raises UnavailableError."""
+    try:
+        yield
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot write it ({error.strerror})", where=path, fix="make room there; what was written before is intact"
+        ) from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when the block ends: readers see the old one or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(_plain(record), ensure_ascii=False, indent=2, allow_nan=False, default=str) + "\n"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with writing(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(_plain(record), ensure_ascii=False, indent=2, allow_nan=False, default=str).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,7 +107,7 @@ class JsonlWriter:
     def __init__(self, path: Path, *, fsync_every_s: float = 1.0) -> None:
         self.path = path
         self._cut_torn_line()
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # a buffer would try its rest again after a full disk
         self._fsync_every_s = fsync_every_s
         self._last_fsync = time.perf_counter()
 
@@ -108,18 +129,19 @@ class JsonlWriter:
                 file.truncate(position)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(dumps(record).encode("utf-8") + b"\n")
-        self._file.flush()
-        now = time.perf_counter()
-        if now - self._last_fsync >= self._fsync_every_s:
-            os.fsync(self._file.fileno())
-            self._last_fsync = now
+        line = memoryview(dumps(record).encode("utf-8") + b"\n")
+        with writing(self.path):
+            while line:  # one system call, unless the disk is nearly full
+                line = line[self._file.write(line) :]
+            now = time.perf_counter()
+            if now - self._last_fsync >= self._fsync_every_s:
+                os.fsync(self._file.fileno())
+                self._last_fsync = now
 
     def close(self) -> None:
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with writing(self.path), self._file:
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> JsonlWriter:
         return self

@@ -13,6 +13,7 @@ import operator
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -54,6 +55,13 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check(field, getattr(self, field.name))
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        """Some fields' values against their bounds. Raises UsageError."""
+        for field in dataclasses.fields(cls):
+            if field.name in values:
+                _check(field, values[field.name])
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -132,7 +140,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], an
     if kind is bool:
         options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
     elif many:
-        options |= {"nargs": "+", "metavar": "NAME"}
+        options |= {"nargs": "+", "metavar": "N" if kind is int else "NAME"}
     else:
         options |= {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
     parser.add_argument(f"--{field.name}", **options)
@@ -179,7 +187,7 @@ def parse(
     given: dict[str, Any] = {}
     for name, text in values.items():
         kind, optional, many = _value_type(hints[name])
-        given[name] = tuple(text) if many else _convert(name, text, kind, optional)
+        given[name] = tuple(_convert(name, t, kind, False) for t in text) if many else _convert(name, text, kind, optional)
     from_file = read_toml(config_class, Path(extras["config"]), command=command) if extras["config"] else {}
     config = config_class(**(from_file | given))
     if extras["print_config"]:

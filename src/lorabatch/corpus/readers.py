@@ -6,6 +6,7 @@ field, ``prompt`` + ``completion``, ``question`` + ``answer``, or ``messages``.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -66,9 +67,25 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"byte 0x{content[error.start]:02x} is not UTF-8", where=f"{path}:{line}", fix="convert it: iconv -f latin1 -t utf-8"
-        ) from None
+        raise _not_utf8(content[error.start], f"{path}:{line}") from None
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(1-based number, text without its line end) of each line, read as it is needed. Errors as of ``read_text``."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if b"\0" in line:
+                raise DataError("binary content, not text", where=f"{path}:{number}", fix="give a text file")
+            try:
+                yield number, line.decode().removesuffix("\n").removesuffix("\r")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(line[error.start], f"{path}:{number}") from None
+
+
+def _not_utf8(byte: int, where: str) -> DataError:
+    return DataError(f"byte 0x{byte:02x} is not UTF-8", where=where, fix="convert it: iconv -f latin1 -t utf-8")
 
 
 def text_lines(text: str) -> list[str]:
@@ -97,7 +114,7 @@ def _text_documents(path: Path, txt_format: str) -> list[Document]:
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, object) of every non-blank line. DataError at the first line that is not a JSON object."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in numbered_lines(path):
         if not line.strip():
             continue
         where = f"{path}:{number}"

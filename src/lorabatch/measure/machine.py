@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lorabatch import hub
 from lorabatch.config import BenchMachineConfig
-from lorabatch.errors import DataError
+from lorabatch.errors import DataError, UnavailableError
 from lorabatch.measure.environment import environment, gpu_description
 from lorabatch.measure.peaks import PEAKS, known_peak
 from lorabatch.model.device import TYPE_NAMES, TYPES, choose_device, choose_threads, cpu_has_bf16
@@ -131,7 +131,7 @@ def _remembered(name: str, device: torch.device, measure: Callable[[], float]) -
 
 
 def _keep(path: Path, record: dict[str, Any]) -> None:
-    with suppress(OSError):  # a cache: a read-only home costs a second per run, not the run
+    with suppress(OSError, UnavailableError):  # a cache: a read-only home costs a second per run, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
 

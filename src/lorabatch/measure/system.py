@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lorabatch.errors import UnavailableError
 from lorabatch.records import JsonlWriter
 
 TICKS_PER_S, PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
@@ -56,7 +57,10 @@ class SystemSampler:
         with JsonlWriter(self._path, fsync_every_s=30) as writer:
             while True:
                 stopped = self._stop.wait(self._interval_s)
-                writer.write(self._sample(last=stopped))
+                try:
+                    writer.write(self._sample(last=stopped))
+                except UnavailableError:  # a full disk: the run's own files will say so
+                    return
                 if stopped:
                     self.own_cpu_s = time.thread_time()
                     return
