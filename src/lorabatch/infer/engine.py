@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorabatch.infer.requests import Request
+from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.infer.runner import Runner
 from lorabatch.infer.sampling import sample
 from lorabatch.infer.scheduler import Batch, Scheduler
@@ -40,14 +40,20 @@ class Engine:
         self._max_running, self._prefill_tokens = max_running, prefill_tokens
 
     def run(
-        self, requests: Iterable[Request], on_finish: Callable[[Request], None], *, stop_requested: Callable[[], bool] = lambda: False
+        self,
+        requests: Iterable[Request],
+        on_finish: Callable[[Request], None],
+        *,
+        stop_requested: Callable[[], bool] = lambda: False,
+        stats: PassStats | None = None,
     ) -> PassStats:
         """Complete all requests, taken from the iterable as slots need them; ``on_finish`` is called with each as it ends.
 
-        Returns early if a stop is requested. Every request counts as submitted when the pass begins.
+        Returns early if a stop is requested. Every request counts as submitted when the pass begins; ``stats`` of an
+        earlier part of the same pass are added to.
         """
         scheduler = Scheduler(requests, max_running=self._max_running, prefill_tokens=self._prefill_tokens, static=self._runner.static)
-        stats = PassStats(begin_s=time.perf_counter())
+        stats = stats or PassStats(begin_s=time.perf_counter())
         while scheduler.has_work and not stop_requested():
             batch = scheduler.next_batch()
             token_ids = self._step(batch, stats)
@@ -97,7 +103,7 @@ class Engine:
 
     def _is_done(self, request: Request, token_id: int) -> bool:
         params = request.params
-        if (token_id in self._eos_ids and not params.ignore_eos) or (params.stop and self._hits_stop(request)):
+        if self._ends(token_id, params) or (params.stop and self._hits_stop(request)):
             request.finish_reason = "stop"
         elif len(request.output_ids) >= request.max_new_tokens:
             request.finish_reason = "length"
@@ -106,12 +112,16 @@ class Engine:
         request.text = self._text(request)
         return True
 
+    def _ends(self, token_id: int, params: SamplingParams) -> bool:
+        return token_id in params.stop_token_ids or (token_id in self._eos_ids and not params.ignore_eos)
+
     def _hits_stop(self, request: Request) -> bool:
         tail = request.output_ids[-(STOP_TAIL_TOKENS + max(map(len, request.params.stop))) :]
         text = self._tokenizer.decode(tail, skip_special_tokens=True)
         return any(stop in text for stop in request.params.stop)
 
     def _text(self, request: Request) -> str:
-        text: str = self._tokenizer.decode(request.output_ids, skip_special_tokens=True)
-        cuts = [text.find(stop) for stop in request.params.stop if stop in text]
+        ids, params = request.output_ids, request.params
+        text: str = self._tokenizer.decode(ids[:-1] if self._ends(ids[-1], params) else ids, skip_special_tokens=True)
+        cuts = [text.find(stop) for stop in params.stop if stop in text]
         return text[: min(cuts)] if cuts else text

@@ -1,10 +1,10 @@
 """From logits to token ids, row by row settings, random numbers by counter.
 
-A row's random number is a hash of (its seed, its step), so what a request draws does not depend
-on its neighbours, on the batch size or on a resume. The order of the filters is transformers':
-repetition penalty, temperature, top-k, top-p, min-p.
+A row's random number is a hash of (its seed, its step, its sample), so what a request draws does not
+depend on its neighbours, on the batch size or on a resume. The order of the filters is
+transformers': penalties, temperature, top-k, top-p, min-p.
 
-Shapes: n rows, V vocabulary.
+Shapes: n rows, V vocabulary, W candidates.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorabatch.infer.requests import Request, SamplingParams
+from lorabatch.infer.requests import Request, SamplingParams, TokenLogprob
 
 _MASK = (1 << 64) - 1
+CPU_ROWS = 8  # rows taken at once: their passes over V stay in the caches, and the allocator reuses the memory
+FIRST_WIDTH = 64  # candidates looked at first where top-p or min-p will drop most of the vocabulary
+WIDENING = 32  # how many times more where they did not suffice
 
 
-def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) from two integers: two rounds of SplitMix64 (Steele, Lea & Flood, 2014)."""
+def uniform(seed: int, step: int, sample: int = 0) -> float:
+    """A number in [0, 1) from three integers: two rounds of SplitMix64 (Steele, Lea & Flood, 2014)."""
     state = seed & _MASK
-    for word in (step, 0x5851F42D4C957F2D):
+    for word in (step, 0x5851F42D4C957F2D + sample):
         state = (state + 0x9E3779B97F4A7C15 + (word & _MASK) * 0xD1342543DE82EF95) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -31,54 +34,125 @@ def uniform(seed: int, step: int) -> float:
 
 
 def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """The next token of each row. logits [n, V]; requests: whose rows they are. One host synchronisation."""
-    logits = penalised(logits, requests)
-    chosen = logits.argmax(dim=-1)
+    """The next token of each row; log-probabilities are added to the requests that want them.
+
+    logits [n, V]; requests: whose rows they are.
+    """
+    at_once = CPU_ROWS if logits.device.type == "cpu" else len(requests)
+    token_ids = []
+    for start in range(0, len(requests), at_once):
+        token_ids += _sample(logits[start : start + at_once].float(), requests[start : start + at_once])
+    return token_ids
+
+
+def _sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    scores = penalised(logits, requests)
+    chosen = torch.empty(len(requests), dtype=torch.long, device=logits.device)
+    greedy = [i for i, request in enumerate(requests) if request.params.greedy]
     sampled = [i for i, request in enumerate(requests) if not request.params.greedy]
+    if greedy:
+        chosen[greedy] = _rows(scores, greedy).argmax(dim=-1)
     if sampled:
-        rows = torch.tensor(sampled, device=logits.device)
         params = [requests[i].params for i in sampled]
-        draws = [uniform(p.seed, len(requests[i].output_ids)) for i, p in zip(sampled, params, strict=True)]
-        chosen[rows] = _draw(logits[rows].float(), params, draws)
+        draws = [uniform(p.seed, len(requests[i].output_ids), requests[i].sample) for i, p in zip(sampled, params, strict=True)]
+        chosen[sampled] = draw(_rows(scores, sampled), params, draws)
+    _add_logprobs(logits, chosen, requests)
     return chosen.tolist()
 
 
+def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
+    return tensor if len(rows) == len(tensor) else tensor[rows]
+
+
 def penalised(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Divide positive and multiply negative logits of tokens already seen (CTRL, arXiv 1909.05858)."""
-    affected = [i for i, r in enumerate(requests) if r.params.repetition_penalty != 1]
+    """Logits of tokens that occurred are divided (multiplied if negative) by the repetition penalty (CTRL, arXiv
+    1909.05858), then lowered by the presence penalty and by the frequency penalty times their number (OpenAI's definition).
+
+    The first looks at prompt and completion, the other two at the completion.
+    """
+    affected = [i for i, r in enumerate(requests) if r.params.penalised]
     if not affected:
         return logits
-    logits = logits.float().clone()
+    rows: list[int] = []
+    ids: list[int] = []
+    factors: list[float] = []
+    terms: list[float] = []
     for i in affected:
-        request = requests[i]
-        seen = torch.tensor(sorted({*request.token_ids, *request.output_ids}), device=logits.device)
-        score = logits[i, seen]
-        penalty = request.params.repetition_penalty
-        logits[i, seen] = torch.where(score < 0, score * penalty, score / penalty)
+        params, counts = requests[i].params, _counts(requests[i])
+        rows += [i] * len(counts)
+        ids += counts
+        factors += [params.repetition_penalty] * len(counts)
+        terms += [(params.presence_penalty if c else 0.0) + params.frequency_penalty * c for c in counts.values()]
+    logits = logits.clone()
+    places = torch.tensor([rows, ids], device=logits.device).unbind()
+    factor, term = torch.tensor([factors, terms], device=logits.device)
+    score = logits[places]
+    logits[places] = torch.where(score < 0, score * factor, score / factor) - term
     return logits
 
 
-def _draw(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> Tensor:
-    """Inverse-CDF sampling over the filtered distribution, likeliest tokens first. logits [n, V] fp32."""
-    probabilities, order = filtered(logits, params)
-    mass = probabilities.cumsum(dim=-1)
-    points = torch.tensor(draws, dtype=torch.float32, device=logits.device)[:, None] * mass[:, -1:]
-    place = (mass <= points).sum(dim=-1, keepdim=True).clamp(max=logits.shape[1] - 1)
-    kept = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not step onto a dropped token
-    return order.gather(1, torch.minimum(place, kept)).squeeze(1)
+def _counts(request: Request) -> dict[int, int]:
+    """How often each token id of prompt or completion was generated; kept with the request and brought up to date."""
+    counts = request.counts
+    if not counts:
+        counts.update(dict.fromkeys(request.token_ids, 0))
+    for token_id in request.output_ids[sum(counts.values()) :]:
+        counts[token_id] = counts.get(token_id, 0) + 1
+    return counts
 
 
-def filtered(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """(probabilities sorted from high to low with dropped tokens at 0, their token ids), both [n, V]."""
+def draw(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> Tensor:
+    """One token per row by inverse CDF over its filtered distribution. logits [n, V] fp32, draws in [0, 1) -> [n].
+
+    Rows are taken together only if they look at equally many candidates, so equal rows give equal bits in any company.
+    """
+    chosen = torch.empty(len(params), dtype=torch.long, device=logits.device)
+    waiting: dict[int, list[int]] = {}  # W -> rows
+    for i, p in enumerate(params):
+        waiting.setdefault(p.top_k or (FIRST_WIDTH if p.top_p < 1 or p.min_p > 0 else 0), []).append(i)
+    while waiting:
+        width, rows = waiting.popitem()
+        probabilities, ids, settled = filtered(_rows(logits, rows), [params[i] for i in rows], width)
+        mass = probabilities.cumsum(dim=-1)
+        points = torch.tensor([draws[i] for i in rows], device=logits.device)[:, None] * mass[:, -1:]
+        places = torch.searchsorted(mass, points * (1 - 2**-23), right=True)  # below the whole mass after rounding too
+        chosen[rows] = ids.gather(1, places).squeeze(1)
+        wider = [i for i, good in zip(rows, settled, strict=True) if not good]
+        if wider:
+            waiting.setdefault(width * WIDENING, []).extend(wider)
+    return chosen
+
+
+def filtered(logits: Tensor, params: Sequence[SamplingParams], width: int) -> tuple[Tensor, Tensor, list[bool]]:
+    """(probabilities with dropped tokens at 0, their token ids, which rows are settled) of the ``width`` likeliest tokens.
+
+    Sorted from high to low; ``width`` 0: all tokens in their own order, for rows without filters. A row is settled
+    when its last candidate is dropped: then so is every token that was not looked at, and no sort of V was needed.
+    """
+    vocabulary = logits.shape[1]
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    scaled, order = (logits / column([p.temperature for p in params])).sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)[None, :]
-    top_k = column([float(p.top_k or logits.shape[1]) for p in params])
-    probabilities = scaled.masked_fill(rank >= top_k, float("-inf")).softmax(dim=-1)
+    scaled = logits / column([p.temperature for p in params])
+    if width == 0:
+        return scaled.softmax(dim=-1), torch.arange(vocabulary, device=logits.device).expand_as(logits), [True] * len(params)
+    top, ids = scaled.topk(min(width, vocabulary))
+    probabilities = top.softmax(dim=-1) if params[0].top_k else scaled.softmax(dim=-1).gather(1, ids)
     before = probabilities.cumsum(dim=-1) - probabilities  # mass of likelier tokens
-    probabilities = probabilities.masked_fill(before >= column([p.top_p for p in params]), 0.0)
-    least = column([p.min_p for p in params]) * probabilities[:, :1]
-    return probabilities.masked_fill(probabilities < least, 0.0), order
+    keep = (before < column([p.top_p for p in params])) & (probabilities >= column([p.min_p for p in params]) * probabilities[:, :1])
+    settled = [True] * len(params) if params[0].top_k or width >= vocabulary else (~keep[:, -1]).tolist()
+    return probabilities.masked_fill(~keep, 0.0), ids, settled
+
+
+def _add_logprobs(logits: Tensor, chosen: Tensor, requests: Sequence[Request]) -> None:
+    """Of the model's own distribution: before penalties, temperature and filters."""
+    rows = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+    if not rows:
+        return
+    values = _rows(logits, rows).log_softmax(dim=-1)
+    own = values.gather(1, chosen[rows][:, None]).squeeze(1).tolist()
+    top, ids = (t.tolist() for t in values.topk(max(requests[i].params.logprobs or 0 for i in rows)))
+    for place, i in enumerate(rows):
+        wanted = requests[i].params.logprobs
+        requests[i].logprobs.append(TokenLogprob(own[place], ids[place][:wanted], top[place][:wanted]))

@@ -1,0 +1,154 @@
+"""What a run of inference measured: latencies in compact arrays, ``metrics.json``, the table at the end."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorabatch.infer.engine import PassStats
+from lorabatch.infer.requests import Request
+from lorabatch.measure.statistics import PERCENTILES, percentile, rate
+from lorabatch.measure.system import peak_memory_bytes
+from lorabatch.model.load import Model
+from lorabatch.model.native import NativeModel
+
+
+def _samples() -> array[float]:
+    return array("f")
+
+
+@dataclass
+class Latencies:
+    """The finished requests of one pass over the work, in milliseconds and counts."""
+
+    queue_ms: array[float] = field(default_factory=_samples)
+    ttft_ms: array[float] = field(default_factory=_samples)
+    tpot_ms: array[float] = field(default_factory=_samples)
+    e2el_ms: array[float] = field(default_factory=_samples)
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    @property
+    def completed(self) -> int:
+        return len(self.e2el_ms)
+
+    def add(self, request: Request) -> None:
+        self.queue_ms.append((request.started_s - request.submitted_s) * 1e3)
+        self.ttft_ms.append((request.first_token_s - request.submitted_s) * 1e3)
+        self.e2el_ms.append((request.last_token_s - request.submitted_s) * 1e3)
+        if len(request.output_ids) > 1:
+            self.tpot_ms.append((request.last_token_s - request.first_token_s) * 1e3 / (len(request.output_ids) - 1))
+        self.input_tokens += len(request.token_ids)
+        self.output_tokens += len(request.output_ids)
+
+
+Pass = tuple[PassStats, Latencies]
+
+
+def summary(name: str, arrays: Sequence[array[float]], *, scale: float = 1.0) -> dict[str, float | None]:
+    """As ``measure.statistics.summary``, over pooled arrays of any length without a Python object per sample."""
+    values = np.concatenate([np.asarray(a, dtype=np.float32) for a in arrays]) if arrays else np.empty(0, np.float32)
+    names = [f"{kind}_{name}" for kind in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
+    if not len(values):
+        return dict.fromkeys(names)
+    deviation = float(values.std(ddof=1, dtype=np.float64)) if len(values) > 1 else None
+    middle, *tail = np.percentile(values, (50, *PERCENTILES)).tolist()
+    figures = [float(values.mean(dtype=np.float64)), middle, deviation, *tail]
+    return {n: None if v is None else v * scale for n, v in zip(names, figures, strict=True)}
+
+
+def metrics(passes: Sequence[Pass], model: Model, startup_s: Mapping[str, float], *, failed: int, num_slots: int) -> dict[str, Any]:
+    """``metrics.json``: counts and times are sums over all measured repetitions, latencies are pooled.
+
+    ``startup_s``: seconds of each phase before the first request could run.
+    """
+    stats, latencies = [s for s, _ in passes], [x for _, x in passes]
+
+    def total(name: str) -> Any:
+        return sum(getattr(s, name) for s in stats)
+
+    duration, completed = total("duration_s"), sum(x.completed for x in latencies)
+    total_in, total_out = sum(x.input_tokens for x in latencies), sum(x.output_tokens for x in latencies)
+    batch_ms = [s.duration_s * 1e3 / -(-x.completed // num_slots) for s, x in passes if x.completed]
+    mbu, ceiling = _mbu(stats, model)
+    return {
+        "schema_version": 1,
+        "kind": "infer",
+        "iterations": len(passes),
+        "duration_s": duration,
+        "startup_s": sum(startup_s.values()),
+        **{f"startup_{name}_s": seconds for name, seconds in startup_s.items()},
+        "completed": completed,
+        "failed": failed,
+        "total_input_tokens": total_in,
+        "total_output_tokens": total_out,
+        "request_throughput": rate(completed, duration),
+        "output_throughput": rate(total_out, duration),
+        "total_token_throughput": rate(total_in + total_out, duration),
+        "tokens_per_s": rate(total_out, duration),
+        "tokens_per_s_including_startup": rate(total_out, duration + sum(startup_s.values())),
+        **summary("queue_ms", [x.queue_ms for x in latencies]),
+        **summary("ttft_ms", [x.ttft_ms for x in latencies]),
+        **summary("tpot_ms", [x.tpot_ms for x in latencies]),
+        **summary("itl_ms", [s.gaps_s for s in stats], scale=1e3),
+        **summary("e2el_ms", [x.e2el_ms for x in latencies]),
+        "batch_latency_p50_ms": percentile(batch_ms, 50),
+        "batch_latency_p95_ms": percentile(batch_ms, 95),
+        "max_running": num_slots,
+        "mean_running": rate(total("decode_tokens"), total("decode_steps")),
+        "prefill_s": total("prefill_s"),
+        "decode_s": total("decode_s"),
+        "prefill_tokens_per_s": rate(total("prefill_tokens"), total("prefill_s")),
+        "decode_tokens_per_s": rate(total("decode_tokens"), total("decode_s")),
+        "decode_steps": total("decode_steps"),
+        "mbu": mbu,
+        "measured_bytes_per_s": ceiling,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_memory_bytes(),
+    }
+
+
+def _mbu(stats: Sequence[PassStats], model: Model) -> tuple[float | None, float | None]:
+    """Bytes that decoding had to read, over what memory could have delivered in that time."""
+    seconds = sum(s.decode_s for s in stats)
+    if not isinstance(model, NativeModel) or not seconds:
+        return None, None
+    from lorabatch.measure.machine import measured_bytes_per_s
+    from lorabatch.measure.roofline import decode_bytes
+
+    needed = decode_bytes(
+        model.spec,
+        steps=sum(s.decode_steps for s in stats),
+        kv_tokens=sum(s.decode_kv_tokens for s in stats),
+        element_bytes=model.decoder.dtype.itemsize,
+    )
+    ceiling = measured_bytes_per_s(model.decoder.device)
+    return needed / seconds / ceiling, ceiling
+
+
+def print_table(figures: Mapping[str, Any], path: Path, *, failed: int, total: int) -> None:
+    def shown(name: str, form: str = "{:.1f}") -> str:
+        return "not measured" if figures[name] is None else form.format(figures[name])
+
+    rows = [
+        ("requests", f"{figures['completed']} completed, {failed} failed of {total}"),
+        (
+            "output tokens/s",
+            f"{shown('tokens_per_s', '{:.0f}')}  ({shown('tokens_per_s_including_startup', '{:.0f}')} with {figures['startup_s']:.1f} s of start-up)",
+        ),
+        ("time to first token p50 / p95", f"{shown('p50_ttft_ms')} / {shown('p95_ttft_ms')} ms (queue included)"),
+        ("time per output token p50 / p95", f"{shown('p50_tpot_ms')} / {shown('p95_tpot_ms')} ms"),
+        (
+            "batch latency p50 / p95",
+            f"{shown('batch_latency_p50_ms')} / {shown('batch_latency_p95_ms')} ms over {figures['iterations']} repetitions",
+        ),
+        ("peak memory", f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
+    print(f"completions: {path / 'completions.jsonl'}")

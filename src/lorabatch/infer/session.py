@@ -1,0 +1,111 @@
+"""A loaded model that completes whole feeds, with as many and as long slots as memory allows."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import psutil
+import torch
+
+from lorabatch.config import InferConfig
+from lorabatch.errors import UnavailableError
+from lorabatch.infer.engine import Engine, PassStats
+from lorabatch.infer.feed import Feed
+from lorabatch.infer.requests import Request
+from lorabatch.infer.runner import NativeRunner, Runner
+from lorabatch.model.hf import HfModel
+from lorabatch.model.load import Model
+
+KV_SHARE = 0.7  # of the free memory; activations need the rest
+
+
+class Session:
+    """``num_slots``: requests at once; ``capacity``: tokens of each slot. Both change when memory or a request demands it."""
+
+    def __init__(
+        self, model: Model, tokenizer: Any, eos_ids: frozenset[int], config: InferConfig, *, num_requests: int, capacity: int
+    ) -> None:
+        self._model, self._tokenizer, self._eos_ids, self._config = model, tokenizer, eos_ids, config
+        self.num_slots, self.capacity = max(1, min(config.batch_size, num_requests)), capacity
+        self._engine: Engine | None = None
+
+    def warm_up(self, feed: Feed) -> None:
+        """A short pass over the first requests that leaves no trace: packed weights, allocator and caches are warm afterwards."""
+        first = [replace(r, max_new_tokens=min(4, r.max_new_tokens)) for r in islice(feed.up_to(self.capacity), self.num_slots)]
+        if not self._run(first, lambda request: None, lambda: False, PassStats()):
+            self._shrink()
+        feed.take_back()
+
+    def complete(
+        self, feed: Feed, on_finish: Callable[[Request], None], *, stop_requested: Callable[[], bool] = lambda: False
+    ) -> PassStats:
+        """Run the feed dry. Raises UnavailableError if one request alone does not fit in memory."""
+        stats = PassStats(begin_s=time.perf_counter())
+
+        def finished(request: Request) -> None:
+            feed.finish(request)
+            on_finish(request)
+
+        while not stop_requested():
+            if not self._run(feed.up_to(self.capacity), finished, stop_requested, stats):
+                self._shrink()
+                feed.take_back()
+            elif feed.next_positions > self.capacity:
+                self._engine, self.capacity = None, max(feed.next_positions, self.capacity * 5 // 4)
+            else:
+                break
+        stats.duration_s = time.perf_counter() - stats.begin_s
+        return stats
+
+    def _run(
+        self, requests: Iterable[Request], on_finish: Callable[[Request], None], stop_requested: Callable[[], bool], stats: PassStats
+    ) -> bool:
+        """False if memory ran out. The exception, and with it the tensors of its frames, is gone when this returns."""
+        try:
+            self._engine = self._engine or self._new_engine()
+            self._engine.run(requests, on_finish, stop_requested=stop_requested, stats=stats)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _shrink(self) -> None:
+        if self.num_slots == 1:
+            raise UnavailableError("out of memory with one request at once", fix="give a smaller --max_len or --prefill_tokens")
+        self.num_slots = (self.num_slots + 1) // 2
+        print(f"out of memory: going on with {self.num_slots} requests at once", file=sys.stderr)
+        self._engine = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _new_engine(self) -> Engine:
+        model = self._model
+        runner: Runner
+        if isinstance(model, HfModel):
+            runner = model.runner(num_slots=self.num_slots, capacity=self.capacity)
+        else:
+            slot_bytes = self.capacity * model.spec.kv_elements_per_token * model.decoder.embedding.element_size()
+            fitting = int(KV_SHARE * free_bytes(model.decoder.device)) // slot_bytes
+            if fitting < self.num_slots:
+                self.num_slots = max(1, fitting)
+                print(f"the KV cache of that many requests does not fit in memory: {self.num_slots} at once", file=sys.stderr)
+            runner = NativeRunner(model, num_slots=self.num_slots, capacity=self.capacity)
+        return Engine(runner, self._tokenizer, self._eos_ids, max_running=self.num_slots, prefill_tokens=self._config.prefill_tokens)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has a class for it on GPUs only; on CPUs it is a RuntimeError of its allocator."""
+    words = ("DefaultCPUAllocator", "not enough memory", "bad allocation", "std::bad_alloc", "could not create a memory object")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
+
+
+def free_bytes(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else int(psutil.virtual_memory().available)

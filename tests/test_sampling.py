@@ -1,0 +1,127 @@
+"""The sampler against transformers' processors, against the exact distribution, and alone against in company."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lorabatch.infer.requests import Request, SamplingParams
+from lorabatch.infer.sampling import FIRST_WIDTH, draw, penalised, sample, uniform
+
+GRID = 4000  # equally spaced draws of one row: what comes out is its distribution, to within 1 / GRID per token
+
+
+def request(i=0, *, prompt=(), output=(), **params):
+    return Request(str(i), i, "", SamplingParams(**params), token_ids=list(prompt), output_ids=list(output))
+
+
+def drawn_distribution(logits, params):
+    """logits [V] -> how often each token is drawn, [V]."""
+    draws = [(i + 0.5) / GRID for i in range(GRID)]
+    tokens = draw(logits.expand(GRID, -1), [params] * GRID, draws)
+    return torch.bincount(tokens, minlength=len(logits)) / GRID
+
+
+def transformers_distribution(logits, params):
+    processors = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
+    if params.top_k:
+        processors.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        processors.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        processors.append(MinPLogitsWarper(params.min_p))
+    return processors(torch.zeros(1, 1, dtype=torch.long), logits[None].clone()).softmax(-1)[0]
+
+
+def assert_same_distribution(logits, params):
+    expected, got = transformers_distribution(logits, params), drawn_distribution(logits, params)
+    assert not got[expected == 0].any(), "a dropped token was drawn"
+    torch.testing.assert_close(got, expected, rtol=0, atol=1.01 / GRID)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.2, 3), st.integers(0, 12), st.floats(0.05, 1), st.floats(0, 0.5))
+def test_every_combination_of_filters_is_transformers(seed, temperature, top_k, top_p, min_p):
+    logits = 3 * torch.randn(12, generator=torch.Generator().manual_seed(seed))
+    assert_same_distribution(logits, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_p": 0.97}, {"min_p": 0.02}, {"top_k": 200, "top_p": 0.9}], ids=str)
+def test_filters_that_keep_more_than_the_first_candidates(filters):
+    logits = 0.5 * torch.randn(500, generator=torch.Generator().manual_seed(3))
+    params = SamplingParams(temperature=1.0, **filters)
+    assert (transformers_distribution(logits, params) > 0).sum() > FIRST_WIDTH
+    assert_same_distribution(logits, params)
+
+
+def test_penalties():
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    prompt, output = [1, 2, 2], [5, 5, 2, 7]
+    rows = [
+        request(prompt=prompt, output=output, repetition_penalty=1.3),
+        request(),
+        request(prompt=prompt, output=output[:2], presence_penalty=0.5, frequency_penalty=0.25),
+    ]
+    penalised(logits, rows)
+    rows[2].output_ids += output[2:]  # what was counted before is not counted again
+    got = penalised(logits, rows)
+    seen = torch.tensor([prompt + output])
+    torch.testing.assert_close(got[0], RepetitionPenaltyLogitsProcessor(1.3)(seen, logits[:1].clone())[0])
+    assert torch.equal(got[1], logits[1])
+    by_definition = logits[2].clone()
+    for token_id in set(output):
+        by_definition[token_id] -= 0.5 + 0.25 * output.count(token_id)
+    torch.testing.assert_close(got[2], by_definition)
+
+
+def test_draws_follow_the_probabilities_of_the_seeds():
+    weights = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    for filters, kept in (({}, weights), ({"top_k": 3}, weights[:3] / 0.95), ({"top_p": 0.7}, weights[:2] / 0.8)):
+        rows = [request(seed=seed, temperature=1.0, **filters) for seed in range(4000)]
+        counts = torch.bincount(torch.tensor(sample(weights.log().expand(4000, -1), rows)), minlength=4).float()
+        expected = 4000 * kept
+        assert not counts[len(kept) :].any()
+        chi_square = float(((counts[: len(kept)] - expected) ** 2 / expected).sum())
+        assert chi_square < 16.3, counts  # 3 degrees of freedom, 0.1 %
+
+
+def test_a_row_draws_the_same_token_alone_and_in_any_company():
+    """Logits in bf16 have many equal values: their order must not depend on the neighbours' settings either."""
+    kinds = [{}, {"top_k": 5}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_p": 0.999}, {"temperature": 0}]
+    rows = [
+        request(i, seed=i, prompt=[i, 3], **{"temperature": 1.0, "presence_penalty": 0.5 * (i % 2)} | kinds[i % len(kinds)])
+        for i in range(40)
+    ]
+    logits = (2 * torch.randn(40, 3000, generator=torch.Generator().manual_seed(1))).bfloat16()
+    together = sample(logits, rows)
+    assert [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)] == together
+    backwards = sample(logits.flip(0), rows[::-1])
+    assert backwards[::-1] == together and len(set(together)) > 20
+
+
+def test_logprobs_are_the_models_own_and_only_where_asked():
+    logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(5))
+    rows = [request(0, logprobs=0), request(1), request(2, logprobs=4, temperature=2.0, seed=1, frequency_penalty=1.0, output=[1])]
+    chosen = sample(logits, rows)
+    values = logits.log_softmax(-1)
+    assert rows[1].logprobs == []
+    assert rows[0].logprobs[0].own == pytest.approx(values[0].max().item()) and rows[0].logprobs[0].top == []
+    entry = rows[2].logprobs[0]
+    assert entry.own == pytest.approx(values[2, chosen[2]].item())
+    expected = values[2].topk(4)
+    assert entry.top_ids == expected.indices.tolist() and entry.top == pytest.approx(expected.values.tolist())
+
+
+def test_uniform_is_a_function_of_seed_step_and_sample():
+    values = [uniform(seed, step, sample) for seed in range(20) for step in range(60) for sample in range(3)]
+    assert len(set(values)) == 3600 and 0 <= min(values) < 0.01 and 0.99 < max(values) < 1
+    assert abs(sum(values) / 3600 - 0.5) < 0.02
+    assert uniform(3, 4) == uniform(3, 4, 0) != uniform(4, 3)
