@@ -105,22 +105,6 @@ keep_paths() {
     done
 }
 
-# Only where the user named no model: distilgpt2, or the packaged one where it cannot be had.
-choose_model() {
-    local output code=0
-    [[ -z ${BASE_MODEL:-} ]] || return 0
-    BASE_MODEL=distilgpt2
-    output=$(lorabatch fetch distilgpt2 2>&1) || code=$?
-    if [[ $code == "$EX_UNAVAILABLE" ]]; then
-        log "distilgpt2 cannot be had here (no copy on disk, no way to the hub): using the packaged smollm2-135m"
-        BASE_MODEL=smollm2-135m
-    elif [[ $code != 0 ]]; then
-        die "$code" "$output"
-    fi
-}
-
-lorabatch() { "$VENV/bin/python" -m lorabatch "$@"; }
-
 # flags VARIABLE[=FLAG]...: fills FLAGS with those that have a value.
 flags() {
     local word name

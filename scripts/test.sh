@@ -30,7 +30,7 @@ check_shell() {
         return
     fi
     shopt -s nullglob
-    check shellcheck shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/*.slurm .ci/run
+    check shellcheck shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/*.slurm tests/slurm/*.sh .ci/run
 }
 
 main() {

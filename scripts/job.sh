@@ -1,0 +1,164 @@
+# shellcheck shell=bash
+# What job_gpu.slurm and job_cpu.slurm share: they source it inside a Slurm job. It wants KIND (gpu or
+# cpu) set, and $RUN is the job's folder. Variables that the submitting user may set:
+#
+#   SITE          a name in configs/sites/ or the path of such a file   [generic]
+#   MODULES       modules to load instead of the site's
+#   MAX_REQUEUES  how often a job that saved itself goes back into the queue by itself  [20]
+
+set -Eeuo pipefail
+# shellcheck source=lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+readonly EX_AGAIN=75 # saved, the same command goes on
+RUN=${RUN:-results/${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
+STEP='' SIGNALLED=''
+
+log() { printf '%s job %s: %s\n' "$(date +%FT%T%z)" "$SLURM_JOB_ID" "$*"; }
+
+load_site() {
+    local file=${SITE:-generic}
+    [[ $file == */* ]] || file=$ROOT/configs/sites/$file.env
+    [[ -f $file ]] || die $EX_USAGE "SITE=$SITE: no such file $file; known: $(cd "$ROOT/configs/sites" && echo *.env)"
+    # shellcheck source=../configs/sites/generic.env
+    source "$file"
+    local modules=SITE_MODULES_${KIND^^} name
+    for name in ${MODULES:-${!modules:-}}; do
+        set +u # module files read variables that are not set
+        module load "$name" || die $EX_UNAVAILABLE "module load $name failed; set MODULES, or mend a copy of $file and name it in SITE"
+        set -u
+    done
+}
+
+# The cache on the big disk that compute nodes see; nothing that the user chose is changed.
+choose_caches() {
+    local scratch
+    for scratch in "${SCRATCH:-}" "/scratch/${USER:-$(id -un)}"; do
+        if [[ -z ${HF_HOME:-} && -n $scratch && -d $scratch && -w $scratch ]]; then
+            export HF_HOME=$scratch/hf_cache
+        fi
+    done
+    # transformers 5 ignores TRANSFORMERS_CACHE; HF_HUB_OFFLINE=0 would win over TRANSFORMERS_OFFLINE=1
+    export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+    [[ -z ${TRANSFORMERS_CACHE:-} ]] || export HF_HUB_CACHE=${HF_HUB_CACHE:-$TRANSFORMERS_CACHE}
+}
+
+# One thread per core of a task. srun takes --cpus-per-task from its own variable only (Slurm 22.05 on).
+choose_threads() {
+    export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+}
+
+provenance() {
+    local commit
+    commit=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)
+    [[ -z $(git -C "$ROOT" status --porcelain --untracked-files=no 2>/dev/null) ]] || commit+=+changes
+    log "start ${SLURM_RESTART_COUNT:-0} of '${SLURM_JOB_NAME:-}' on ${SLURM_JOB_NODELIST:-?} (${SLURM_NTASKS:-1} tasks), commit $commit"
+    log "site ${SITE:-generic}, time left $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%L 2>/dev/null || echo unknown), run folder $RUN"
+    log "command: $*"
+    {
+        echo "== $(date +%FT%T%z) commit $commit"
+        scontrol show job -dd "$SLURM_JOB_ID" || true
+        if type module >/dev/null 2>&1; then (set +u && module list) || true; fi
+        env | grep -E '^(SLURM|HF|OMP|CUDA|NCCL|ROCR|SITE|MODULES)' | grep -vE 'TOKEN|SECRET|PASSWORD|KEY' | sort
+    } >>"$RUN/provenance-$SLURM_JOB_ID.txt" 2>&1
+}
+
+pass_on() {
+    SIGNALLED=$1
+    log "got SIG$1${STEP:+: the step saves and stops}"
+    [[ -z $STEP ]] || kill -"$1" "$STEP" 2>/dev/null || true
+}
+
+# in_step WORDS...: srun with these words, our signals passed on to it; its exit code.
+in_step() {
+    local code=0 again
+    srun --kill-on-bad-exit=1 --wait=60 --unbuffered --cpu-bind=cores "$@" &
+    STEP=$!
+    wait "$STEP" || code=$?
+    # A trapped signal interrupts wait: ask again until bash no longer knows the process.
+    while ((code > 128)); do
+        again=0
+        wait "$STEP" 2>/dev/null || again=$?
+        ((again != 127)) || break
+        code=$again
+    done
+    STEP=''
+    # Python needs seconds to start; a signal before its handlers are there ends it with nothing lost.
+    if [[ -n $SIGNALLED ]] && ((code > 128)); then code=$EX_AGAIN; fi
+    return "$code"
+}
+
+# run DONE_FILE COMMAND FLAGS...: one lorabatch command on all tasks of the job, unless an earlier start finished it.
+run() {
+    local done_file=$1 code=0
+    shift
+    if [[ -n $done_file ]] && grep -qs '"status": "completed"' "$done_file"; then
+        log "$1: finished by an earlier start"
+        return
+    fi
+    [[ -z $SIGNALLED ]] || stop_here $EX_AGAIN "$1"
+    log "$1 begins"
+    in_step "$VENV/bin/python" -m lorabatch "$@" || code=$?
+    ((code == 0)) || stop_here "$code" "$1"
+    log "$1 done"
+}
+
+# stop_here CODE COMMAND: saved work goes back into the queue, anything else ends the job with its code.
+stop_here() {
+    local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} restarts=${SLURM_RESTART_COUNT:-0}
+    id=${id:-$SLURM_JOB_ID}
+    if (($1 != EX_AGAIN)); then
+        log "$2 failed with exit code $1; the lines above say why"
+    elif ((restarts >= ${MAX_REQUEUES:-20})); then
+        log "$2 is saved, but this job was requeued $restarts times already (MAX_REQUEUES); submit it again to go on"
+    elif scontrol requeue "$id"; then
+        log "$2 is saved; job $id is requeued"
+    else
+        log "$2 is saved, but Slurm refuses to requeue; go on with: scontrol requeue $id, or submit the same command again"
+    fi
+    exit "$1"
+}
+
+# On every node, before anything is loaded: 69 if the job could only be wasted.
+check_nodes() {
+    local code=0 flags=(--output_dir "$RUN")
+    [[ $KIND == cpu ]] && flags+=(--no_cuda) || flags+=(--need_gpu)
+    in_step --nodes="${SLURM_NNODES:-1}" --ntasks="${SLURM_NNODES:-1}" --ntasks-per-node=1 \
+        "$VENV/bin/python" -m lorabatch doctor "${flags[@]}" || code=$?
+    ((code == 0)) || stop_here "$code" doctor
+}
+
+# Train, infer with the adapter, report: what a job does without words of its own.
+pipeline() {
+    local config=("$@") model=() spread=(--resume) device=()
+    [[ $KIND == gpu ]] || device=(--no_cuda)
+    if ((${#config[@]} == 0)); then
+        choose_model
+        model=(--base_model "$BASE_MODEL")
+    fi
+    if ((${SLURM_NTASKS:-1} > 1)); then spread=(--shards $((4 * SLURM_NTASKS))); fi
+    run "$RUN/train/run.json" train "${config[@]}" "${model[@]}" "${device[@]}" --save_dir "$RUN/train"
+    run "$RUN/infer/run.json" infer "${config[@]}" "${model[@]}" "${device[@]}" --adapter_dir "$RUN/train" --output_dir "$RUN/infer" "${spread[@]}"
+    lorabatch report "$RUN/train" "$RUN/infer" --output_dir "$RUN/report"
+}
+
+job_main() {
+    cd "$ROOT"
+    mkdir -p "$RUN"
+    trap 'pass_on USR1' USR1
+    trap 'pass_on TERM' TERM
+    load_site
+    choose_caches
+    choose_threads
+    refuse_broken_venv
+    venv_is_current || die $EX_UNAVAILABLE "$VENV is not built for this commit; on a node with internet run: bash scripts/build.sh"
+    provenance "$@"
+    check_nodes
+    case ${1:-} in
+        '' | --config) pipeline "$@" ;;
+        -*) die $EX_USAGE "unexpected '$1'; give nothing, --config FILE, or a lorabatch command with its flags" ;;
+        *) run '' "$@" ;;
+    esac
+    log "all done: $RUN"
+}

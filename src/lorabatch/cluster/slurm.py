@@ -1,0 +1,53 @@
+"""The few questions we ask Slurm, and how its answers are read."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+ANSWER_TIMEOUT_S = 60
+UNLIMITED = ("UNLIMITED", "INFINITE", "NOT_SET")
+
+
+def ask(*words: str) -> str | None:
+    """Output of a Slurm command; None where it is not installed, fails, or does not answer within a minute."""
+    if shutil.which(words[0]) is None:
+        return None
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def seconds(limit: str) -> float | None:
+    """Slurm's time formats in seconds: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; inf if unlimited; None if it is none of them."""
+    if limit.strip().upper() in UNLIMITED:
+        return float("inf")
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
+    if match is None:
+        return None
+    days, *parts = (int(part or 0) for part in match.groups())
+    has_days, has_third = match[1] is not None, match[4] is not None
+    if has_days or has_third:
+        hours, minutes, rest = parts
+    else:
+        hours, (minutes, rest) = 0, parts[:2]
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + rest
+
+
+def partition_limits() -> dict[str, float]:
+    """Longest time in seconds of every partition; empty without a Slurm that answers."""
+    found = {}
+    for line in (ask("sinfo", "--noheader", "--format=%R %l") or "").splitlines():
+        name, _, limit = line.partition(" ")
+        found[name] = seconds(limit) or float("inf")
+    return found
+
+
+def job_seconds_left() -> float | None:
+    """Of the job that we run in; None outside a job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    answer = ask("squeue", "--noheader", f"--jobs={job}", "--format=%L") if job else None
+    return seconds(answer) if answer else None

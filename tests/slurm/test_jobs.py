@@ -1,0 +1,37 @@
+"""The job scripts on a real Slurm: they finish, they fail with the true code, they refuse, they survive the wall."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_cpu_job_leaves_adapter_completions_and_report(cluster, experiment):
+    job = cluster.submit("scripts/job_cpu.slurm", "--config", experiment)
+    assert cluster.wait(job) == [(job, "COMPLETED", "0:0")], cluster.logs(job)
+    run = cluster.project / f"results/lorabatch-cpu-{job}"
+    assert (run / "train/adapter_model.safetensors").exists()
+    lines = [json.loads(line) for line in (run / "infer/completions.jsonl").read_text().splitlines()]
+    assert len({line["id"] for line in lines}) == 24 and all(line["error"] is None for line in lines)
+    assert (run / "report/RELATORIO.md").exists() and (run / "report/report.html").exists()
+    record = json.loads((run / "train/run.json").read_text())
+    assert record["environment"]["slurm"]["job_id"] == job and record["status"] == "completed"
+    log = cluster.logs(job)
+    assert f"run folder results/lorabatch-cpu-{job}" in log and "matrix product exact" in log
+    assert f"JobId={job}" in (run / f"provenance-{job}.txt").read_text()
+
+
+def test_a_failing_step_is_a_failed_job_with_its_code(cluster, experiment):
+    job = cluster.submit("scripts/job_cpu.slurm", "train", "--config", experiment, "--train_path", "nothing.txt")
+    assert cluster.wait(job) == [(job, "FAILED", "65:0")], cluster.logs(job)
+    assert "nothing.txt" in cluster.logs(job) and "all done" not in cluster.logs(job)
+
+
+def test_gpu_job_without_a_usable_gpu_refuses_before_it_loads_anything(cluster, experiment):
+    """The cluster schedules GPUs that are links to /dev/null, as a node with a broken driver would."""
+    job = cluster.submit("scripts/job_gpu.slurm", "--config", experiment)
+    assert cluster.wait(job) == [(job, "FAILED", "69:0")], cluster.logs(job)
+    log = cluster.logs(job)
+    assert "FAIL  gpu" in log and "the job has 1 GPUs, torch sees 0" in log and "CPU build" in log
+    assert not (cluster.project / f"results/lorabatch-gpu-{job}/train").exists()
