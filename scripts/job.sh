@@ -20,7 +20,7 @@ load_site() {
     local file=${SITE:-generic}
     [[ $file == */* ]] || file=$ROOT/configs/sites/$file.env
     [[ -f $file ]] || die $EX_USAGE "SITE=$SITE: no such file $file; known: $(cd "$ROOT/configs/sites" && echo *.env)"
-    # shellcheck source=../configs/sites/generic.env
+    # shellcheck source=/dev/null
     source "$file"
     local modules=SITE_MODULES_${KIND^^} name
     for name in ${MODULES:-${!modules:-}}; do

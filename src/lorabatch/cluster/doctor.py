@@ -5,7 +5,6 @@ Each check yields findings: "ok", "warn" (the work runs, but not as meant) or "F
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
@@ -23,6 +22,7 @@ from lorabatch.cluster import slurm
 from lorabatch.config import DoctorConfig
 from lorabatch.errors import LorabatchError
 from lorabatch.measure.environment import usable_cores
+from lorabatch.measure.system import ControlGroup
 
 GIB = 2**30
 TORCH_RELEASES = ((2, 11), (2, 13))  # first and last that we test with
@@ -168,15 +168,12 @@ def _memory(_: DoctorConfig) -> Iterator[Finding]:
         yield Finding("memory", "warn", f"only {files} open files allowed", "ulimit -n 4096")
 
 
-def _memory_bytes() -> int:
-    """What this process may still take: free memory, or the cgroup's limit if that is less."""
+def _memory_bytes() -> float:
+    """What this process may still take: free memory, or the control group's limit if that is less."""
     import psutil
 
-    found = [int(psutil.virtual_memory().available)]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            found.append(int(Path(path).read_text(encoding="ascii")))
-    return min(found)
+    available = float(psutil.virtual_memory().available)
+    return min(available, ControlGroup().limits()["cgroup_memory_bytes"] or available)
 
 
 def _disk(config: DoctorConfig) -> Iterator[Finding]:
