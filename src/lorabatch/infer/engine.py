@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.infer.runner import Runner
 from lorabatch.infer.sampling import sample
 from lorabatch.infer.scheduler import Batch, Scheduler
+from lorabatch.model.attention import Segment
 
 STOP_TAIL_TOKENS = 16  # a stop string may begin this many tokens plus its length before the newest one
 
@@ -59,7 +60,7 @@ class Engine:
             token_ids = self._step(batch, stats)
             finished = self._advance(batch, token_ids, stats)
             for move in scheduler.release(finished):
-                self._runner.move(move.source, move.target, move.length)
+                self._runner.copy(move.source, move.target, move.length)
             for request in finished:
                 on_finish(request)
         stats.duration_s = time.perf_counter() - stats.begin_s
@@ -69,22 +70,28 @@ class Engine:
         """One forward pass and the sampling of one token per request."""
         start = time.perf_counter()
         if batch.is_prefill:
+            segments = [Segment(r.slot, 0, r.token_ids) for r in batch.requests]
             for request in batch.requests:
                 request.submitted_s, request.started_s = stats.begin_s, start
-            logits = self._runner.prefill([r.token_ids for r in batch.requests], [r.slot for r in batch.requests])
-            token_ids = sample(logits, batch.requests)
-            stats.prefill_s += time.perf_counter() - start
-            stats.prefill_steps += 1
-            stats.prefill_tokens += sum(len(r.token_ids) for r in batch.requests)
         else:
-            lengths = [r.num_tokens - 1 for r in batch.requests]
-            logits = self._runner.decode([r.output_ids[-1] for r in batch.requests], lengths)
-            token_ids = sample(logits, batch.requests)
-            stats.decode_s += time.perf_counter() - start
+            segments = [Segment(r.slot, r.num_tokens - 1, r.output_ids[-1:]) for r in batch.requests]
+        token_ids = self._choose(self._runner.forward(segments), batch.requests)
+        seconds = time.perf_counter() - start
+        if batch.is_prefill:
+            stats.prefill_s += seconds
+            stats.prefill_steps += 1
+            stats.prefill_tokens += sum(len(s.token_ids) for s in segments)
+        else:
+            stats.decode_s += seconds
             stats.decode_steps += 1
-            stats.decode_tokens += len(token_ids)
-            stats.decode_kv_tokens += sum(lengths)
+            stats.decode_tokens += len(segments)
+            stats.decode_kv_tokens += sum(s.start for s in segments)
         return token_ids
+
+    def _choose(self, hidden: Any, requests: Sequence[Request]) -> list[int]:
+        if all(r.params.likeliest for r in requests):
+            return self._runner.greedy(hidden)
+        return sample(self._runner.logits(hidden), requests)
 
     def _advance(self, batch: Batch, token_ids: list[int], stats: PassStats) -> list[Request]:
         """Append each request's token; returns those that are done."""

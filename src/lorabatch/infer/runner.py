@@ -1,4 +1,4 @@
-"""The native model as the engine sees it: prefill some prompts, decode one token for every live slot."""
+"""The native model as the engine sees it: each step reads the new tokens of some slots, whatever their number."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorabatch.infer.kv_cache import DecodeAttention, KVCache, PrefillAttention
+from lorabatch.infer.kv_cache import CacheAttention, KVCache
+from lorabatch.model.attention import Segment
 from lorabatch.model.native import NativeModel
 
 
 class Runner(Protocol):
-    static: bool  # admits a new batch only when the old one is done
+    static: bool  # admits a new batch only when the old one is done; takes whole prompts, then single tokens
 
-    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-        """Read prompts into their slots; logits [n, V] of the token after each."""
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Read the tokens of all segments into their slots; hidden states [sum of num_logits, H], in their order."""
 
-    def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Feed each live slot its newest token; lengths: tokens it had cached before. Logits [n, V]."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, V]."""
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Slot ``source`` (``length`` cached tokens) becomes slot ``target``."""
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """The likeliest token of each row."""
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first ``length`` tokens that slot ``source`` holds are also in slot ``target`` afterwards."""
 
 
 class NativeRunner:
@@ -34,22 +38,27 @@ class NativeRunner:
         self.cache = KVCache(model.spec, num_slots=num_slots, capacity=capacity, dtype=decoder.dtype, device=decoder.device)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-        lengths = [len(p) for p in prompts]
-        token_ids = self._ints([i for p in prompts for i in p])
-        positions = self._ints([i for n in lengths for i in range(n)])
-        hidden = self._decoder(token_ids, positions, PrefillAttention(self.cache, list(slots), lengths))
-        last = self._ints(lengths).cumsum(0) - 1
-        return self._decoder.logits(hidden[last])
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        for segment in segments:
+            token_ids += segment.token_ids
+            positions += range(segment.start, segment.start + len(segment.token_ids))
+            wanted += range(len(token_ids) - segment.num_logits, len(token_ids))
+        places = self._ints(positions)
+        hidden = self._decoder(self._ints(token_ids), places, CacheAttention(self.cache, segments, places))
+        return hidden if len(wanted) == len(token_ids) else hidden[self._ints(wanted)]
 
     @torch.inference_mode()
-    def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        positions = self._ints(lengths)
-        attention = DecodeAttention(self.cache, positions, max(lengths))
-        return self._decoder.logits(self._decoder(self._ints(token_ids), positions, attention))
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._decoder.logits(hidden)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        self.cache.move(source, target, length)
+    def greedy(self, hidden: Tensor) -> list[int]:
+        return self.logits(hidden).argmax(dim=-1).tolist()
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.cache.copy(source, target, length)
 
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._decoder.device)

@@ -28,7 +28,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Move:
-    """Slot ``source``, of which ``length`` positions are in use, now lives in slot ``target``."""
+    """What slot ``source`` holds, ``length`` positions, is from now on in slot ``target``."""
 
     source: int
     target: int

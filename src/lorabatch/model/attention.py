@@ -4,13 +4,14 @@ Shapes: T tokens, L tokens of one sequence, S cache slots, C positions of a slot
 N query heads, K key/value heads, G = N / K, D head size.
 
 The decoder calls an ``Attention`` object once per layer. ``PackedAttention`` is for training
-and scoring; the KV cache of inference brings two more (``lorabatch.infer.kv_cache``).
+and scoring; the KV cache of inference brings another (``lorabatch.infer.kv_cache``).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,17 @@ from torch.nn import functional as F
 class Attention(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q [T, N, D], k and v [T, K, D] -> [T, N * D]."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive new tokens of one running sequence in one step of inference."""
+
+    slot: int
+    start: int  # tokens of the sequence that its slot holds already
+    token_ids: Sequence[int]
+    adapter: int = -1  # row of the adapter bank; -1: none
+    num_logits: int = 1  # hidden states wanted, of the last so many tokens (0: a piece of a prompt that is not its last)
 
 
 class PackedAttention:

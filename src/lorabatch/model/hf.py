@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorabatch.errors import DataError, UnavailableError, UsageError
+from lorabatch.model.attention import Segment
 from lorabatch.model.lora import KEY_PREFIX, AdapterSet, LoraSettings
 
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query_key_value", "dense", "c_attn", "qkv_proj", "Wqkv")
@@ -127,28 +128,37 @@ class HfRunner:
 
     def __init__(self, model: HfModel) -> None:
         self._model = model
+        self._row_of_slot: dict[int, int] = {}
+        self._mask = torch.empty(0)  # [B, L] of the running batch
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-        """Start a new batch; returns logits [n, V] after each prompt."""
-        longest = max(map(len, prompts))
-        padded = [[0] * (longest - len(p)) + list(p) for p in prompts]
-        self._mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
-        self._row_of_slot = {slot: row for row, slot in enumerate(slots)}
-        self._cache: Any = None
-        return self._forward(torch.tensor(padded, device=self._model.device))
-
-    @torch.inference_mode()
-    def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """token_ids[slot]: newest token of each live slot. Finished rows are fed a zero and ignored."""
-        rows = [self._row_of_slot[slot] for slot in range(len(token_ids))]
-        step = torch.zeros(self._mask.shape[0], 1, dtype=torch.long, device=self._model.device)
-        step[rows, 0] = torch.tensor(list(token_ids), device=step.device)
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Whole prompts start a new batch; single tokens continue it. Logits [n, V], handed through as hidden states."""
+        if segments[0].start == 0:
+            return self._begin(segments)
+        rows = [self._row_of_slot[s.slot] for s in segments]
+        step = torch.zeros(self._mask.shape[0], 1, dtype=torch.long, device=self._model.device)  # finished rows read a zero
+        step[rows, 0] = torch.tensor([s.token_ids[0] for s in segments], device=step.device)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(step), 1)], dim=1)
         return self._forward(step)[rows]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        self._row_of_slot[target] = self._row_of_slot.pop(source)
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def greedy(self, hidden: Tensor) -> list[int]:
+        return hidden.argmax(dim=-1).tolist()
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._row_of_slot[target] = self._row_of_slot[source]
+
+    def _begin(self, segments: Sequence[Segment]) -> Tensor:
+        longest = max(len(s.token_ids) for s in segments)
+        missing = [longest - len(s.token_ids) for s in segments]
+        padded = [[0] * n + list(s.token_ids) for n, s in zip(missing, segments, strict=True)]
+        self._mask = torch.tensor([[0] * n + [1] * (longest - n) for n in missing], device=self._model.device)
+        self._row_of_slot = {s.slot: row for row, s in enumerate(segments)}
+        self._cache: Any = None
+        return self._forward(torch.tensor(padded, device=self._model.device))
 
     def _forward(self, ids: Tensor) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
