@@ -152,7 +152,7 @@ def cells(blocks, name):
 
 
 def blocks(paths, language="en"):
-    return [block for section in document(Words(language), load_runs(paths)).sections for block in section.blocks]
+    return [block for section in document(Words(language), load_runs(paths), grid_g_per_kwh=100.0).sections for block in section.blocks]
 
 
 def without_default_settings(markdown):

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorabatch import __version__
-from lorabatch.config import BenchMachineConfig, DoctorConfig, FetchConfig, InferConfig, MergeConfig, ReportConfig, TrainConfig
+from lorabatch.config import (
+    BenchMachineConfig,
+    CompareConfig,
+    DoctorConfig,
+    FetchConfig,
+    InferConfig,
+    MergeConfig,
+    ProfileInferConfig,
+    ProfileTrainConfig,
+    ReportConfig,
+    TrainConfig,
+)
 from lorabatch.errors import LorabatchError, UsageError, nearest
 from lorabatch.settings import Settings, parse
 
@@ -64,14 +76,43 @@ def _bench_machine(config: BenchMachineConfig, extras: dict[str, Any], command: 
     return run_bench_machine(config)
 
 
+def _profile_train(config: ProfileTrainConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.measure.profile import WARM_STEPS, profile_run
+    from lorabatch.train.run import run_training
+
+    folder = Path(config.profile_dir)
+    steps = config.max_steps or WARM_STEPS + config.profile_steps
+    short = replace(config, save_dir=str(folder / "run"), overwrite=True, max_steps=steps, max_val_documents=config.max_val_documents or 8)
+    return profile_run("train", lambda: run_training(short, command), folder=folder, run_folder=folder / "run", steps=config.profile_steps)
+
+
+def _profile_infer(config: ProfileInferConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.infer.run import run_inference
+    from lorabatch.measure.profile import profile_run
+
+    folder = Path(config.profile_dir)
+    moved = replace(config, output_dir=str(folder / "run"), overwrite=True, resume=False)
+    return profile_run("infer", lambda: run_inference(moved, command), folder=folder, run_folder=folder / "run", steps=config.profile_steps)
+
+
+def _compare(config: CompareConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.measure.compare import compare
+
+    print("\n".join(compare(Path(extras["a"]), Path(extras["b"]), across_hosts=config.across_hosts)))
+    return 0
+
+
 Command = tuple[type[Settings], Callable[[Any, dict[str, Any], list[str]], int], dict[str, str]]
 COMMANDS: dict[str, Command] = {
     "train": (TrainConfig, _train, {}),
     "infer": (InferConfig, _infer, {}),
-    "report": (ReportConfig, _report, {"runs": "run folders: training and inference, in any order"}),
+    "report": (ReportConfig, _report, {"runs": "run folders and JSON files of lorabatch bench, in any order"}),
     "merge": (MergeConfig, _merge, {}),
     "fetch": (FetchConfig, _fetch, {"name": "name on the hub, .gguf file, or smollm2-135m"}),
     "doctor": (DoctorConfig, _doctor, {}),
+    "compare": (CompareConfig, _compare, {"a": "run folder, or file of lorabatch bench", "b": "the same of what may be faster"}),
+    "profile train": (ProfileTrainConfig, _profile_train, {}),
+    "profile infer": (ProfileInferConfig, _profile_infer, {}),
     "bench machine": (BenchMachineConfig, _bench_machine, {}),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}  # commands of two words

@@ -128,6 +128,7 @@ class ReportConfig(Settings):
 
     output_dir: str = setting("report", "folder for RELATORIO.md and report.html")
     language: str = setting("en", "language of report.html", choices=("en", "pt"))
+    grid_g_per_kwh: float = setting(98.3, "g CO2e per kWh of the electricity used (default: Brazil, 2023)", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -149,3 +150,26 @@ class BenchMachineConfig(Settings):
     seconds: float = setting(0.1, "time spent on each figure", above=0)
     no_cuda: bool = setting(False, "stay on the CPU")
     threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)
+
+
+@dataclass(frozen=True)
+class ProfileTrainConfig(TrainConfig):
+    """Train for a few steps and say where the time went; nothing but --profile_dir is written."""
+
+    profile_dir: str = setting("results/profile-train", "folder for trace, operators, memory and summary")
+    profile_steps: int = setting(3, "optimiser steps that torch.profiler records", minimum=1)
+
+
+@dataclass(frozen=True)
+class ProfileInferConfig(InferConfig):
+    """Complete some prompts and say where the time went; nothing but --profile_dir is written."""
+
+    profile_dir: str = setting("results/profile-infer", "folder for trace, operators, memory and summary")
+    profile_steps: int = setting(8, "steps of the engine that torch.profiler records", minimum=1)
+
+
+@dataclass(frozen=True)
+class CompareConfig(Settings):
+    """Say whether B is faster than A: two run folders, or two files of lorabatch bench."""
+
+    across_hosts: bool = setting(False, "compare measurements of different machines, labelled as such")

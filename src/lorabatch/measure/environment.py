@@ -20,6 +20,8 @@ SLURM_VARIABLES = (
     "JOB_NODELIST",
     "NTASKS",
     "CPUS_PER_TASK",
+    "MEM_PER_NODE",
+    "MEM_PER_CPU",
     "RESTART_COUNT",
 )
 

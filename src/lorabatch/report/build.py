@@ -13,7 +13,7 @@ from lorabatch.config import ReportConfig
 from lorabatch.errors import UnavailableError
 from lorabatch.report.blocks import Document, Plot
 from lorabatch.report.figures import themed
-from lorabatch.report.load import load_runs
+from lorabatch.report.load import load_benches, load_runs
 from lorabatch.report.markdown import markdown
 from lorabatch.report.sections import document
 from lorabatch.report.words import Words
@@ -21,9 +21,13 @@ from lorabatch.report.words import Words
 
 def build_report(paths: Sequence[Path], config: ReportConfig) -> list[Path]:
     """Write both reports and return their paths. RELATORIO.md is Portuguese whatever ``config.language`` says."""
-    runs = load_runs(paths)
-    portuguese = document(Words("pt"), runs)
-    page = portuguese if config.language == "pt" else document(Words(config.language), runs)
+    runs, benches = load_runs([p for p in paths if p.suffix != ".json"]), load_benches([p for p in paths if p.suffix == ".json"])
+
+    def written(language: str) -> Document:
+        return document(Words(language), runs, benches, grid_g_per_kwh=config.grid_g_per_kwh)
+
+    portuguese = written("pt")
+    page = portuguese if config.language == "pt" else written(config.language)
     folder = Path(config.output_dir)
     try:
         (folder / "fig").mkdir(parents=True, exist_ok=True)

@@ -50,6 +50,7 @@ PANELS = (  # field of Sample, axis, divisor
     ("gpu_util_percent", "axis_gpu", 1),
     ("gpu_memory_bytes", "axis_gpu_memory", 2**30),
     ("gpu_power_w", "axis_power", 1),
+    ("io_bytes_per_s", "axis_io", 1e6),
 )
 
 
@@ -64,38 +65,38 @@ def latency_plots(words: Words, runs: Sequence[InferRun]) -> list[Plot]:
     values = {n: [sorted(v for c in run.completions if (v := getattr(c, n)) is not None) for run in runs] for n in names}
     if not any(values["e2el_ms"]):
         return []
-    with _canvas(words, columns=len(names), height=3.0) as (figure, panels):
+    with canvas(words, columns=len(names), height=3.0) as (figure, panels):
         for name, panel in zip(names, panels, strict=True):
             for i, run in enumerate(runs):
                 if values[name][i]:
-                    panel.ecdf(_thinned(values[name][i], values[name][i])[0], label=run.label, **_line(i))
+                    panel.ecdf(_thinned(values[name][i], values[name][i])[0], label=run.label, **line_style(i))
             panel.set_xlabel(f"{name.removesuffix('_ms').upper()} (ms)")
             panel.set_xlim(left=0)
             panel.set_ylim(0, 1.02)
             panel.locator_params(axis="x", nbins=4)
         panels[0].set_ylabel(words("axis_share"))
-        return [_plot(words, figure, panels[0], "latency", max(len(run.completions) for run in runs))]
+        return [plot(words, figure, panels[0], "latency", max(len(run.completions) for run in runs))]
 
 
 def system_plots(words: Words, runs: Sequence[Run]) -> list[Plot]:
     shown = [panel for panel in PANELS if any(getattr(s, panel[0]) is not None for run in runs for s in run.samples)]
     if not shown:
         return []
-    with _canvas(words, rows=len(shown), height=1.5 * len(shown) + 0.8) as (figure, panels):
+    with canvas(words, rows=len(shown), height=1.5 * len(shown) + 0.8) as (figure, panels):
         for panel, (name, axis, divisor) in zip(panels, shown, strict=True):
             for i, run in enumerate(runs):
                 known = [(s.t_s, getattr(s, name) / divisor) for s in run.samples if getattr(s, name) is not None]
-                panel.plot(*_thinned([t for t, _ in known], [v for _, v in known]), label=run.label, **_line(i))
+                panel.plot(*_thinned([t for t, _ in known], [v for _, v in known]), label=run.label, **line_style(i))
             panel.set_ylabel(words(axis))
             panel.set_ylim(bottom=0)
         panels[-1].set_xlabel(words("axis_time"))
-        return [_plot(words, figure, panels[0], "system", max(len(run.samples) for run in runs))]
+        return [plot(words, figure, panels[0], "system", max(len(run.samples) for run in runs))]
 
 
 def _loss_plot(words: Words, runs: Sequence[TrainRun]) -> Plot:
-    with _canvas(words, rows=2, height=4.6, ratios=(3, 1)) as (figure, (loss, rate)):
+    with canvas(words, rows=2, height=4.6, ratios=(3, 1)) as (figure, (loss, rate)):
         for i, run in enumerate(runs):
-            steps, line = [s.step for s in run.steps], _line(i)
+            steps, line = [s.step for s in run.steps], line_style(i)
             loss.plot(*_thinned(steps, [s.loss for s in run.steps]), label=words("line_train", run=run.label), alpha=0.75, **line)
             if run.evals:
                 points = [e.step for e in run.evals], [e.eval_loss for e in run.evals]
@@ -112,26 +113,26 @@ def _loss_plot(words: Words, runs: Sequence[TrainRun]) -> Plot:
             words("alt_loss", run=run.label, first=words.number(a.loss), first_step=a.step, last=words.number(b.loss), last_step=b.step)
             for run, a, b in ends
         ]
-        return _plot(words, figure, loss, "loss", max(len(run.steps) for run in runs), alt="; ".join(alt))
+        return plot(words, figure, loss, "loss", max(len(run.steps) for run in runs), alt="; ".join(alt))
 
 
 def _throughput_plot(words: Words, runs: Sequence[TrainRun]) -> Plot:
-    with _canvas(words, height=2.8) as (figure, (panel,)):
+    with canvas(words, height=2.8) as (figure, (panel,)):
         for i, run in enumerate(runs):
             xs, ys = _thinned([s.step for s in run.steps], [s.tokens_per_s for s in run.steps])
-            panel.plot(xs, ys, marker="o", markersize=4, linestyle="none", color=_line(i)["color"], label=run.label)
+            panel.plot(xs, ys, marker="o", markersize=4, linestyle="none", color=line_style(i)["color"], label=run.label)
             overall = run.metric("tokens_per_s")
             if overall is not None:
-                panel.axhline(overall, color=_line(i)["color"], linestyle="--", linewidth=1)
+                panel.axhline(overall, color=line_style(i)["color"], linestyle="--", linewidth=1)
         panel.set_xlabel(words("axis_step"))
         panel.set_ylabel(words("axis_tokens"))
         panel.set_ylim(bottom=0)
         panel.locator_params(axis="x", integer=True)
-        return _plot(words, figure, panel, "throughput", max(len(run.steps) for run in runs))
+        return plot(words, figure, panel, "throughput", max(len(run.steps) for run in runs))
 
 
 @contextmanager
-def _canvas(words: Words, *, rows: int = 1, columns: int = 1, height: float, ratios: Sequence[int] | None = None) -> Iterator[Any]:
+def canvas(words: Words, *, rows: int = 1, columns: int = 1, height: float, ratios: Sequence[int] | None = None) -> Iterator[Any]:
     """(figure, flat list of panels) in our style; panels of a column share x, those of a row share y."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -146,8 +147,8 @@ def _canvas(words: Words, *, rows: int = 1, columns: int = 1, height: float, rat
         yield figure, panels
 
 
-def _plot(words: Words, figure: Any, legend_of: Any, name: str, points: int, *, alt: str = "") -> Plot:
-    """Add the legend, write the SVG, and caption it. Called inside ``_canvas``, whose style holds until then."""
+def plot(words: Words, figure: Any, legend_of: Any, name: str, points: int, *, alt: str = "") -> Plot:
+    """Add the legend, write the SVG, and caption it. Called inside ``canvas``, whose style holds until then."""
     handles = [line for line in legend_of.get_lines() if not line.get_label().startswith("_child")]
     labels = [str(line.get_label()) for line in handles]
     if handles:
@@ -163,7 +164,7 @@ def _plot(words: Words, figure: Any, legend_of: Any, name: str, points: int, *, 
     return Plot(name, svg, caption, alt or caption)
 
 
-def _line(i: int) -> dict[str, Any]:
+def line_style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.8}
 
 

@@ -46,6 +46,14 @@ class Sample:
     gpu_util_percent: float | None
     gpu_memory_bytes: float | None
     gpu_power_w: float | None
+    read_bytes_per_s: float | None
+    write_bytes_per_s: float | None
+
+    @property
+    def io_bytes_per_s(self) -> float | None:
+        if self.read_bytes_per_s is None or self.write_bytes_per_s is None:
+            return None
+        return self.read_bytes_per_s + self.write_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,35 @@ class InferRun(Run):
         """Folder of the adapter, None for the base model alone."""
         named = self.model.get("adapter") if self.model else self.config.get("adapter_dir")
         return None if named in (None, "none") else str(named)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A sweep that ``lorabatch bench`` wrote."""
+
+    label: str
+    record: Record
+
+    @property
+    def sweep(self) -> str:
+        return str(self.record["sweep"])
+
+    @property
+    def points(self) -> list[Record]:
+        return list(self.record["points"])
+
+
+def load_benches(paths: Sequence[Path]) -> list[Bench]:
+    """Raises DataError for a file that ``lorabatch bench`` did not write."""
+    found = []
+    for path in paths:
+        record = _clean(read_json(path))
+        points = record.get("points")
+        whole = isinstance(points, list) and all(isinstance(p.get("tokens_per_s"), dict) and record.get("sweep") in p for p in points)
+        if not whole or not points or record.get("sweep") not in ("batch_size", "threads"):
+            raise DataError("not a file that lorabatch bench train or infer wrote", where=path, fix="give run folders and such files")
+        found.append(Bench(_clean(path.stem), record))
+    return found
 
 
 def load_runs(paths: Sequence[Path]) -> list[TrainRun | InferRun]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from lorabatch.config import InferConfig, TrainConfig
 from lorabatch.records import RUN_FILES
-from lorabatch.report import figures, tables
+from lorabatch.report import figures, figures_measure, tables
+from lorabatch.report.advice import advice
 from lorabatch.report.blocks import Block, Bullets, Code, Document, Example, Examples, KeyFigure, KeyFigures, Paragraph, Section
-from lorabatch.report.load import InferRun, Run, TrainRun
+from lorabatch.report.load import Bench, InferRun, Run, TrainRun
 from lorabatch.report.pairing import Pairing, pairings, spread
 from lorabatch.report.threats import threats
 from lorabatch.report.words import Words
@@ -19,20 +20,23 @@ MAX_CHARACTERS = 800  # of a prompt or completion that is shown
 MAX_FAILURES = 20
 
 
-def document(words: Words, runs: Sequence[TrainRun | InferRun]) -> Document:
-    """The whole report in one language. Pure: no clock, no disk."""
+def document(words: Words, runs: Sequence[TrainRun | InferRun], benches: Sequence[Bench] = (), *, grid_g_per_kwh: float = 0.0) -> Document:
+    """The whole report in one language, what was found before how it was found. Pure: no clock, no disk."""
     trained = [run for run in runs if isinstance(run, TrainRun)]
     inferred = [run for run in runs if isinstance(run, InferRun)]
+    changes = advice(words, runs, benches)
     sections = [
         Section("summary", words("summary"), _summary(words, runs, trained, inferred)),
-        Section("environment", words("environment"), [tables.environment(words, runs)]),
-        *_methodology(words, trained, inferred),
+        Section("advice", words("advice"), [Bullets(changes) if changes else Paragraph(words("no_advice"))]),
         *_results(words, trained, inferred),
         *_examples(words, inferred),
-        Section("efficiency", words("efficiency"), _efficiency(words, runs, trained)),
+        *_sweeps(words, benches),
+        Section("efficiency", words("efficiency"), _efficiency(words, trained, inferred, grid_g_per_kwh)),
         *_failures(words, inferred),
+        *_methodology(words, trained, inferred),
+        Section("environment", words("environment"), [tables.environment(words, runs)]),
         Section("threats", words("threats"), [Bullets(threats(words, trained, inferred))]),
-        Section("reproduce", words("reproduce"), _reproduction(words, runs)),
+        Section("reproduce", words("reproduce"), _reproduction(words, runs, benches)),
     ]
     return Document(words.language, words("title"), words("contents"), sections)
 
@@ -178,9 +182,25 @@ def _clipped(words: Words, text: str) -> str:
     return text or words("empty")
 
 
-def _efficiency(words: Words, runs: Sequence[Run], trained: Sequence[TrainRun]) -> list[Block]:
+def _efficiency(words: Words, trained: Sequence[TrainRun], inferred: Sequence[InferRun], grid_g_per_kwh: float) -> list[Block]:
+    runs: list[Run] = [*trained, *inferred]
     timed = [tables.phases(words, trained)] if trained else []
-    return [tables.efficiency(words, runs), *timed, *figures.system_plots(words, runs)]
+    timed += [tables.inference_phases(words, inferred)] if inferred else []
+    note = Paragraph(words("co2e_note", factor=words.number(grid_g_per_kwh)))
+    drawn = [*figures_measure.roofline_plots(words, runs), *figures.system_plots(words, runs)]
+    return [*timed, *drawn[:1], tables.efficiency(words, runs, grid_g_per_kwh=grid_g_per_kwh), note, *drawn[1:]]
+
+
+def _sweeps(words: Words, benches: Sequence[Bench]) -> list[Section]:
+    if not benches:
+        return []
+    blocks: list[Block] = []
+    for number, bench in enumerate(benches):
+        environment = bench.record.get("environment") or {}
+        machine = f"{environment.get('host')}, {(bench.record.get('gpu') or {}).get('name') or environment.get('cpu')}"
+        plots = figures_measure.sweep_plots(words, bench, number)
+        blocks += [Paragraph(f"{bench.label}: {words('sweep_note', machine=machine)}"), *plots, tables.sweep(words, bench)]
+    return [Section("sweeps", words("sweeps"), blocks)]
 
 
 def _failures(words: Words, inferred: Sequence[InferRun]) -> list[Section]:
@@ -192,9 +212,10 @@ def _failures(words: Words, inferred: Sequence[InferRun]) -> list[Section]:
     return [Section("failures", words("failures"), [Paragraph(note), tables.failures(words, shown)])]
 
 
-def _reproduction(words: Words, runs: Sequence[Run]) -> list[Block]:
+def _reproduction(words: Words, runs: Sequence[Run], benches: Sequence[Bench]) -> list[Block]:
     commits = dict.fromkeys(git["commit"] for run in runs if (git := run.environment.get("git")))
     lines = [f"git checkout {commit}" for commit in commits] + [command_line(run) for run in runs]
+    lines += [shlex.join(str(word) for word in bench.record.get("command") or []) for bench in benches]
     files = Paragraph(words("reproduce_data", files=", ".join(RUN_FILES)))
     return [Paragraph(words("reproduce_note")), Code("\n".join(lines)), files]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorabatch.measure.statistics import PERCENTILES
 from lorabatch.report.blocks import Cell, Mono, Table
-from lorabatch.report.load import InferRun, Run, TrainRun
+from lorabatch.report.load import Bench, InferRun, Run, TrainRun
 from lorabatch.report.words import Words
 from lorabatch.settings import Settings
 
@@ -51,13 +51,19 @@ LATENCIES = ("queue_ms", "ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
 MACHINE_METRICS = {
     "peak_memory_bytes": "bytes",
     "max_rss_bytes": "bytes",
+    "max_pss_bytes": "bytes",
     "cpu_percent": "%",
+    "os_threads": "",
+    "involuntary_switches_per_s": "",
+    "throttled_share": "share",
     "gpu_util_percent": "%",
     "max_gpu_memory_bytes": "bytes",
     "gpu_power_w": "W",
     "energy_j": "J",
     "read_bytes_per_s": "bytes/s",
     "write_bytes_per_s": "bytes/s",
+    "disk_read_bytes_per_s": "bytes/s",
+    "disk_write_bytes_per_s": "bytes/s",
     "sampler_cpu_s": "s",
 }
 PHASES = ("import_s", "tokenise_s", "load_s", "loop_s", "save_s")
@@ -149,9 +155,10 @@ def _commit(words: Words, git: dict[str, Any] | None) -> Cell:
 
 
 def settings(words: Words, runs: Sequence[Run], config_class: type[Settings]) -> Table:
-    """Every setting with its default; a value that differs from it is strong."""
+    """Settings that differ from their default in some run; a value that does is strong."""
     defaults = config_class().to_dict()
-    names = [*defaults, *dict.fromkeys(name for run in runs for name in run.config if name not in defaults)]
+    known = [*defaults, *dict.fromkeys(name for run in runs for name in run.config if name not in defaults)]
+    names = [name for name in known if any(name not in run.config or run.config[name] != defaults.get(name, run) for run in runs)]
 
     def cell(values: dict[str, Any], name: str) -> Cell:
         if name not in values:
@@ -198,7 +205,7 @@ def latency(words: Words, runs: Sequence[InferRun]) -> Table:
     return run_table(words, runs, [(label, metric(words, name, "ms")) for label, name in names])
 
 
-def efficiency(words: Words, runs: Sequence[Run]) -> Table:
+def efficiency(words: Words, runs: Sequence[Run], *, grid_g_per_kwh: float) -> Table:
     """Shares always beside what they are shares of; a dash where a quantity does not exist for a kind of run."""
 
     def share(name: str, ceiling: str, unit: str, kind: type[Run]) -> Show:
@@ -216,11 +223,16 @@ def efficiency(words: Words, runs: Sequence[Run]) -> Table:
     def padding(run: Run) -> str:
         return words.quantity(run.metric("padding_share"), "share") if isinstance(run, TrainRun) else words("not_applicable")
 
+    def co2e(run: Run) -> str:
+        joules = run.metric("energy_j")
+        return words.quantity(None if joules is None else joules / 3.6e6 * grid_g_per_kwh, "g")
+
     rows = [
         (words("mfu"), share("mfu", "measured_flops_per_s", "flop/s", TrainRun)),
         (words("mbu"), share("mbu", "measured_bytes_per_s", "bytes/s", InferRun)),
         (words("padding_share"), padding),
         *metric_rows(words, MACHINE_METRICS),
+        (words("co2e"), co2e),
     ]
     return run_table(words, runs, rows)
 
@@ -231,6 +243,37 @@ def phases(words: Words, runs: Sequence[TrainRun]) -> Table:
 
     table = run_table(words, runs, [(words(name), seconds(name)) for name in PHASES])
     return Table([words("phase"), *table.head[1:]], table.rows)
+
+
+def inference_phases(words: Words, runs: Sequence[InferRun]) -> Table:
+    def rest(run: Run) -> str:
+        whole, *parts = (run.metric(name) for name in ("duration_s", "prefill_s", "decode_s"))
+        return words.quantity(None if whole is None or None in parts else whole - sum(p for p in parts if p is not None), "s")
+
+    rows = [(words("startup_phase"), metric(words, "startup_s", "s"))]
+    rows += [(words(name), metric(words, name, "s")) for name in ("prefill_s", "decode_s")] + [(words("rest_s"), rest)]
+    return Table([words("phase_infer"), *(run.label for run in runs)], run_table(words, runs, rows).rows)
+
+
+def sweep(words: Words, bench: Bench) -> Table:
+    """Medians with their intervals, and for threads what Karp and Flatt make of them."""
+
+    def interval(estimate: dict[str, Any]) -> str:
+        low, high = estimate.get("low"), estimate.get("high")
+        return words("not_applicable") if low is None or high is None else f"{words.number(low)} … {words.number(high)}"
+
+    first = bench.points[0]["tokens_per_s"]["median"]
+    serial = bench.record.get("karp_flatt") or {}
+    head = [words(f"level_{bench.sweep}"), words("sweep_rate"), words("sweep_interval"), words("sweep_speedup")]
+    extra = words("sweep_karp_flatt") if bench.sweep == "threads" else words("sweep_latency")
+    rows: list[list[Cell]] = []
+    for point in bench.points:
+        rate, level = point["tokens_per_s"], point[bench.sweep]
+        latency = (point.get("p50_e2el_ms") or {}).get("median")
+        last = words.quantity(serial.get(str(level)), "share") if bench.sweep == "threads" else words.quantity(latency, "ms")
+        times = words("not_applicable") if rate["median"] is None or not first else words.number(rate["median"] / first)
+        rows.append([words.number(level), words.quantity(rate["median"], "tokens/s"), interval(rate), times, last])
+    return Table([*head, extra], rows)
 
 
 def failures(words: Words, failed: Sequence[tuple[str, str, str]]) -> Table:

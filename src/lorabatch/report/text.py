@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-TEXT: dict[str, tuple[str, str]] = {
+from lorabatch.report.text_measure import MEASURE
+
+TEXT: dict[str, tuple[str, str]] = MEASURE | {
     # shared
     "title": ("LoRA fine-tuning and batched inference: report", "Relatório: fine-tuning LoRA e inferência em lote"),
     "contents": ("Contents", "Conteúdo"),
@@ -105,7 +107,10 @@ TEXT: dict[str, tuple[str, str]] = {
         "intervalos que não se sobreponham, e os valores absolutos estão aqui para comparar.",
     ),
     "configuration": ("Configuration", "Configuração"),
-    "configuration_note": ("Values in bold differ from the default.", "Valores em negrito diferem do padrão."),
+    "configuration_note": (
+        "Only settings that differ from the default somewhere are listed; in bold where they do. All are in run.json.",
+        "Só aparecem parâmetros que diferem do padrão em alguma execução, em negrito onde diferem. Todos estão em run.json.",
+    ),
     "setting": ("Setting", "Parâmetro"),
     "default": ("Default", "Padrão"),
     "data": ("Data", "Dados"),
@@ -193,8 +198,6 @@ TEXT: dict[str, tuple[str, str]] = {
     "max_gpu_memory_bytes": ("GPU memory, most sampled", "Memória da GPU, máximo amostrado"),
     "gpu_power_w": ("GPU power, mean", "Potência da GPU, média"),
     "energy_j": ("GPU energy", "Energia da GPU"),
-    "read_bytes_per_s": ("Bytes read, mean rate", "Bytes lidos, taxa média"),
-    "write_bytes_per_s": ("Bytes written, mean rate", "Bytes escritos, taxa média"),
     "padding_share": ("Padding among the tokens", "Preenchimento (padding) entre os tokens"),
     "sampler_cpu_s": ("CPU time of the sampler itself", "Tempo de CPU do próprio amostrador"),
     "phase": ("Phase of training", "Fase do treino"),

@@ -1,0 +1,100 @@
+"""What a good administrator would say after a look at the job's figures: a closed list, each from the records.
+
+The style is that of Princeton's jobstats: what was asked for, what was used, what to ask for next time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from lorabatch.report.load import Bench, InferRun, Run, TrainRun
+from lorabatch.report.words import Words
+
+GIB = 2**30
+ENOUGH_LEFT = 0.5  # less than this share of a request used: ask for less
+TIGHT = 0.9
+HEADROOM = 1.5  # of the memory used, in what we suggest to ask for
+IDLE_GPU_PERCENT = 60
+SHARE_WORTH_SAYING = 0.25
+PREEMPTIONS_PER_S = 200  # involuntary context switches of one process
+
+
+def advice(words: Words, runs: Sequence[Run], benches: Sequence[Bench]) -> list[str]:
+    found = [line for run in runs for line in (*_memory(words, run), *_cores(words, run), *_gpu(words, run), *_time(words, run))]
+    return found + [line for bench in benches for line in _knee(words, bench)]
+
+
+def _memory(words: Words, run: Run) -> Iterator[str]:
+    used, asked = run.metric("max_rss_bytes"), requested_memory(run)
+    if used is None or asked is None:
+        return
+    share = used / asked
+    numbers = {"run": run.label, "share": words.quantity(share, "share"), "used": words.quantity(used, "bytes")}
+    numbers["asked"], suggested = words.quantity(asked, "bytes"), max(1, math.ceil(used * HEADROOM / GIB))
+    if share < ENOUGH_LEFT and suggested * GIB < asked:
+        yield words("advice_memory", **numbers, suggested=suggested)
+    elif share > TIGHT:
+        yield words("advice_memory_tight", **numbers, suggested=suggested)
+
+
+def requested_memory(run: Run) -> float | None:
+    """Bytes that the job asked for: Slurm's figure (MB per node, or per core), else the control group's limit."""
+    slurm = run.environment.get("slurm") or {}
+    if str(slurm.get("mem_per_node", "")).isdigit():
+        return int(slurm["mem_per_node"]) * 2.0**20 or None
+    if str(slurm.get("mem_per_cpu", "")).isdigit():
+        return int(slurm["mem_per_cpu"]) * 2.0**20 * float(slurm.get("cpus_per_task", 1)) or None
+    return run.metric("cgroup_memory_bytes")
+
+
+def _cores(words: Words, run: Run) -> Iterator[str]:
+    used, cores = run.metric("cpu_percent"), run.environment.get("usable_cores")
+    if used is not None and cores and used / 100 < ENOUGH_LEFT * cores:
+        suggested = max(1, math.ceil(used / 100))
+        if suggested < cores:
+            yield words("advice_cores", run=run.label, used=words.number(used / 100), cores=cores, suggested=suggested)
+    throttled = run.metric("throttled_share")
+    if throttled is not None and throttled > 0.05:
+        yield words("advice_throttled", run=run.label, share=words.quantity(throttled, "share"))
+    preempted = run.metric("involuntary_switches_per_s")
+    if preempted is not None and preempted > PREEMPTIONS_PER_S:
+        yield words("advice_preempted", run=run.label, count=words.number(preempted))
+
+
+def _gpu(words: Words, run: Run) -> Iterator[str]:
+    busy = run.metric("gpu_util_percent")
+    if busy is not None and busy < IDLE_GPU_PERCENT:
+        way = "advice_gpu_train" if isinstance(run, TrainRun) else "advice_gpu_infer"
+        yield words(way, run=run.label, idle=words.quantity(1 - busy / 100, "share"))
+    for reason, share in ((run.metrics or {}).get("gpu_throttle_share") or {}).items():
+        if share > 0.05:
+            yield words("advice_slowed", run=run.label, reason=reason, share=words.quantity(share, "share"))
+
+
+def _time(words: Words, run: Run) -> Iterator[str]:
+    for name in ("mfu", "mbu"):
+        if (run.metric(name) or 0) > 1:
+            yield words("advice_ceiling", run=run.label)
+    if isinstance(run, TrainRun):
+        loop, steps = ((run.metrics or {}).get("phases") or {}).get("loop_s"), run.metric("train_s")
+        if loop and steps is not None and (loop - steps) / loop > SHARE_WORTH_SAYING:
+            yield words("advice_evaluation", run=run.label, share=words.quantity((loop - steps) / loop, "share"))
+    if isinstance(run, InferRun):
+        startup, generation = run.metric("startup_s"), run.metric("duration_s")
+        if startup and generation and startup / (startup + generation) > SHARE_WORTH_SAYING:
+            yield words("advice_startup", run=run.label, share=words.quantity(startup / (startup + generation), "share"))
+        mean, most = run.metric("mean_running"), run.metric("max_running")
+        if mean and most and mean / most < 0.7:
+            yield words("advice_drained", run=run.label, mean=words.number(mean), most=words.number(most))
+
+
+def _knee(words: Words, bench: Bench) -> Iterator[str]:
+    levels = [point[bench.sweep] for point in bench.points]
+    knee = bench.record.get("knee")
+    if bench.sweep == "batch_size" and knee is not None:
+        yield words("advice_knee" if knee != levels[-1] else "advice_no_knee", run=bench.label, knee=knee)
+    serial = bench.record.get("serial_share")
+    if bench.sweep == "threads" and serial is not None:
+        limit = words.number(1 / serial) if serial else words("unlimited")
+        yield words("advice_serial", run=bench.label, share=words.quantity(serial, "share"), limit=limit)
