@@ -5,7 +5,7 @@ import torch
 from helpers import native, random_ids, randomise_b, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorabatch.measure.roofline import decode_bytes, training_flops
+from lorabatch.measure.roofline import decode_bytes, decode_flops, training_flops
 from lorabatch.model.lora import LoraSettings
 from lorabatch.model.spec import spec_from_config
 
@@ -90,3 +90,10 @@ def test_decode_bytes():
     assert spec.kv_elements_per_token == 2 * 30 * 3 * 64
     assert decode_bytes(spec, steps=3, kv_tokens=0, element_bytes=2) == 2 * 3 * spec.num_matmul_params
     assert decode_bytes(spec, steps=0, kv_tokens=7, element_bytes=4) == 4 * 7 * 2 * 30 * 3 * 64
+
+
+def test_decode_flops():
+    """Two per weight and token; per cached position two products with 9 query heads of 64, in 30 layers."""
+    spec = spec_from_config(published_config("smollm2"))
+    assert decode_flops(spec, tokens=5, kv_tokens=0) == 2 * 5 * spec.num_matmul_params
+    assert decode_flops(spec, tokens=0, kv_tokens=7) == 7 * 30 * 2 * 2 * 9 * 64

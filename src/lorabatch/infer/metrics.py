@@ -76,7 +76,6 @@ def metrics(passes: Sequence[Pass], model: Model, startup_s: Mapping[str, float]
     duration, completed = total("duration_s"), sum(x.completed for x in latencies)
     total_in, total_out = sum(x.input_tokens for x in latencies), sum(x.output_tokens for x in latencies)
     batch_ms = [s.duration_s * 1e3 / -(-x.completed // num_slots) for s, x in passes if x.completed]
-    mbu, ceiling = _mbu(stats, model)
     return {
         "schema_version": 1,
         "kind": "infer",
@@ -107,28 +106,30 @@ def metrics(passes: Sequence[Pass], model: Model, startup_s: Mapping[str, float]
         "prefill_tokens_per_s": rate(total("prefill_tokens"), total("prefill_s")),
         "decode_tokens_per_s": rate(total("decode_tokens"), total("decode_s")),
         "decode_steps": total("decode_steps"),
-        "mbu": mbu,
-        "measured_bytes_per_s": ceiling,
+        "pass_tokens_per_s": [rate(x.output_tokens, s.duration_s) for s, x in passes],
+        **_ceilings(stats, model),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_memory_bytes(),
     }
 
 
-def _mbu(stats: Sequence[PassStats], model: Model) -> tuple[float | None, float | None]:
-    """Bytes that decoding had to read, over what memory could have delivered in that time."""
+def _ceilings(stats: Sequence[PassStats], model: Model) -> dict[str, float | None]:
+    """Bytes and FLOPs that decoding asked for, and what memory and arithmetic could have delivered in that time."""
     seconds = sum(s.decode_s for s in stats)
     if not isinstance(model, NativeModel) or not seconds:
-        return None, None
-    from lorabatch.measure.machine import measured_bytes_per_s
-    from lorabatch.measure.roofline import decode_bytes
+        return dict.fromkeys(("mbu", "decode_flops_per_s", "measured_bytes_per_s", "measured_flops_per_s"))
+    from lorabatch.measure.machine import measured_bytes_per_s, measured_flops_per_s
+    from lorabatch.measure.roofline import decode_bytes, decode_flops
 
-    needed = decode_bytes(
-        model.spec,
-        steps=sum(s.decode_steps for s in stats),
-        kv_tokens=sum(s.decode_kv_tokens for s in stats),
-        element_bytes=model.decoder.dtype.itemsize,
-    )
-    ceiling = measured_bytes_per_s(model.decoder.device)
-    return needed / seconds / ceiling, ceiling
+    kv_tokens, dtype, device = sum(s.decode_kv_tokens for s in stats), model.decoder.dtype, model.decoder.device
+    steps, tokens = (sum(getattr(s, name) for s in stats) for name in ("decode_steps", "decode_tokens"))
+    needed = decode_bytes(model.spec, steps=steps, kv_tokens=kv_tokens, element_bytes=dtype.itemsize)
+    bandwidth = measured_bytes_per_s(device)
+    return {
+        "mbu": needed / seconds / bandwidth,
+        "decode_flops_per_s": decode_flops(model.spec, tokens=tokens, kv_tokens=kv_tokens) / seconds,
+        "measured_bytes_per_s": bandwidth,
+        "measured_flops_per_s": measured_flops_per_s(dtype, device),
+    }
 
 
 def print_table(figures: Mapping[str, Any], path: Path, *, failed: int, total: int) -> None:

@@ -35,9 +35,8 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
         "save": ("lorabatch.train.run:_Keeper.save",),
     },
     "infer": {
-        "read prompts": ("lorabatch.infer.run:read_requests",),
         "load": ("lorabatch.model.load:load_model",),
-        "tokenise": ("lorabatch.infer.run:prepare",),
+        "tokenise": ("lorabatch.infer.feed:prepare",),
         STEP: ("lorabatch.infer.engine:Engine._step",),
         "prefill": ("lorabatch.infer.runner:NativeRunner.prefill", "lorabatch.model.hf:HfRunner.prefill"),
         "decode": ("lorabatch.infer.runner:NativeRunner.decode", "lorabatch.model.hf:HfRunner.decode"),
@@ -64,7 +63,6 @@ ADVICE = {  # phase -> what to change if it costs much
     "decode": "more requests at once share each read of the weights (--batch_size; lorabatch bench infer finds the knee)",
     "sample": "greedy decoding (--temperature 0) and fewer filters cost less than sampling",
     "read data": "a local copy of the files: a parallel file system is slow at small reads",
-    "read prompts": "a local copy of the files: a parallel file system is slow at small reads",
     "outside spans": "mostly imports and start-up: paid once per process, so put more work into one run",
 }
 

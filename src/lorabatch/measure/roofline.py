@@ -24,3 +24,9 @@ def training_flops(spec: ModelSpec, *, tokens: int, targets: int, squared_length
 def decode_bytes(spec: ModelSpec, *, steps: int, kv_tokens: int, element_bytes: int) -> float:
     """Bytes that decoding must read: all matrix weights once a step, and the cached keys and values."""
     return float(element_bytes) * (steps * spec.num_matmul_params + kv_tokens * spec.kv_elements_per_token)
+
+
+def decode_flops(spec: ModelSpec, *, tokens: int, kv_tokens: int) -> float:
+    """FLOPs of decoding: every matrix weight once a token, and each query against every cached key and value."""
+    attention = 4.0 * kv_tokens * spec.num_layers * spec.num_heads * spec.head_dim
+    return 2.0 * tokens * spec.num_matmul_params + attention
