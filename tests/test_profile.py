@@ -65,7 +65,7 @@ def test_the_command(kind, tiny_llama_dir, tmp_path, capsys, monkeypatch):
     profile = json.loads((folder / "profile.json").read_text())
     expected = {
         "train": {"forward", "backward", "optimiser", "evaluate", "pack", "save"},
-        "infer": {"prefill", "decode", "sample", "write"},
+        "infer": {"prefill", "decode", "choose token", "write"},
     }
     assert expected[kind] | {"load", "tokenise", "step"} <= set(profile["calls"]) and all(v > 0 for v in profile["phases"].values())
     assert profile["calls"]["step"] == {"train": 4, "infer": 6}[kind]

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from test_report import INFER_METRICS, TRAIN_METRICS, completion, infer_run, train_run
@@ -106,9 +105,14 @@ def test_the_page_in_a_browser(tmp_path, width):
     measure = "const d = f.contentDocument.documentElement; document.title = `${d.scrollWidth} of ${d.clientWidth}`"
     frame = f'<iframe id="f" src="report.html" style="width:{width}px;height:800px;border:0"></iframe><script>f.onload = () => {{{measure}}}</script>'
     (tmp_path / "outer.html").write_text(frame)
-    flags = (
-        "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --virtual-time-budget=5000 --enable-logging=stderr".split()
-    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=5000",
+        "--enable-logging=stderr",
+    ]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     done = subprocess.run(
         [CHROMIUM, *flags, profile, "--dump-dom", f"file://{tmp_path}/outer.html"], capture_output=True, text=True, timeout=300

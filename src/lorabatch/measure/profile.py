@@ -21,6 +21,7 @@ from lorabatch.records import read_json, write_json
 
 WARM_STEPS = 2
 STEP = "step"  # the span whose end is one step of the profiler's schedule
+FORWARD = "prefill or decode"  # which of the two the segments say
 SPANS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "read data": ("lorabatch.train.run:read_documents",),
@@ -38,9 +39,8 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
         "load": ("lorabatch.model.load:load_model",),
         "tokenise": ("lorabatch.infer.feed:prepare",),
         STEP: ("lorabatch.infer.engine:Engine._step",),
-        "prefill": ("lorabatch.infer.runner:NativeRunner.prefill", "lorabatch.model.hf:HfRunner.prefill"),
-        "decode": ("lorabatch.infer.runner:NativeRunner.decode", "lorabatch.model.hf:HfRunner.decode"),
-        "sample": ("lorabatch.infer.engine:sample",),
+        FORWARD: ("lorabatch.infer.runner:NativeRunner.forward", "lorabatch.model.hf:HfRunner.forward"),
+        "choose token": ("lorabatch.infer.engine:Engine._choose",),
         "text": ("lorabatch.infer.engine:Engine._text",),
         "write": ("lorabatch.records:JsonlWriter.write",),
     },
@@ -61,7 +61,7 @@ ADVICE = {  # phase -> what to change if it costs much
     "save": "save and evaluate less often (--eval_every_steps)",
     "prefill": "shorter prompts, or more of them at once (--prefill_tokens)",
     "decode": "more requests at once share each read of the weights (--batch_size; lorabatch bench infer finds the knee)",
-    "sample": "greedy decoding (--temperature 0) and fewer filters cost less than sampling",
+    "choose token": "output head and sampling: greedy decoding (--temperature 0) and fewer filters cost less",
     "read data": "a local copy of the files: a parallel file system is slow at small reads",
     "outside spans": "mostly imports and start-up: paid once per process, so put more work into one run",
 }
@@ -138,13 +138,17 @@ def resolve(place: str) -> tuple[Any, str]:
 def _in_span(name: str, original: Callable[..., Any], spans: Spans, on_end: Callable[[], None] | None) -> Callable[..., Any]:
     @functools.wraps(original)
     def run(*values: Any, **named: Any) -> Any:
-        with spans.span(name):
+        with spans.span(_prefill_or_decode(values[1]) if name == FORWARD else name):
             result = original(*values, **named)
         if on_end:
             on_end()
         return result
 
     return run
+
+
+def _prefill_or_decode(segments: Any) -> str:
+    return "prefill" if any(len(segment.token_ids) > 1 for segment in segments) else "decode"
 
 
 def profile_run(kind: str, run: Callable[[], int], *, folder: Path, run_folder: Path, steps: int) -> int:
