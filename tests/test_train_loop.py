@@ -16,6 +16,7 @@ from lorabatch.model.loss import cross_entropy_sum
 from lorabatch.train import loop
 from lorabatch.train.loop import planned_steps, train_loop
 from lorabatch.train.schedule import learning_rate
+from lorabatch.train.state import Learner
 
 LENGTHS = [12, 5, 20, 9, 16, 7, 30, 3]
 TARGETS = [1, 2, 10, 1, 1, 4, 25, 1]
@@ -33,7 +34,7 @@ class Run:
         try:
             self.state = train_loop(
                 model,
-                adapters,
+                Learner(adapters, self.config),
                 corpus,
                 validation,
                 self.config,

@@ -17,11 +17,25 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 class TrainConfig(Settings):
     """Fine-tune a base model with LoRA; the adapter lands in --save_dir in PEFT's format."""
 
-    base_model: str = setting("distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m")
-    train_path: str = setting("data_sample/train.txt", "training documents: .txt, .jsonl, .csv or .parquet")
-    val_path: str | None = setting("data_sample/val.txt", "validation documents ('none': no evaluation)")
-    save_dir: str | None = setting(None, "run folder, adapter at its root (default: results/lora-<model>)")
-    overwrite: bool = setting(False, "replace an earlier run in --save_dir")
+    base_model: str = setting(
+        "distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m", free=True
+    )
+    train_path: str = setting("data_sample/train.txt", "training documents: .txt, .jsonl, .csv or .parquet", free=True)
+    val_path: str | None = setting("data_sample/val.txt", "validation documents ('none': no evaluation)", free=True)
+    save_dir: str | None = setting(None, "run folder, adapter at its root (default: results/lora-<model>)", free=True)
+    overwrite: bool = setting(False, "replace an earlier run in --save_dir", free=True)
+    resume: str | None = setting(
+        None, "auto: go on from the newest checkpoint in --save_dir, if any; or a checkpoint or run folder", free=True
+    )
+    resume_anyway: bool = setting(False, "go on although settings, data or base differ from the checkpoint's (says which)", free=True)
+    save_every_steps: int | None = setting(
+        None, "checkpoint every N steps (default: every 5 minutes and after evaluations); always at start and end", minimum=1, free=True
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", minimum=1, free=True)
+    time_limit: str | None = setting(
+        None, "save and stop (exit 75) before this time is up: minutes or h:mm:ss; Slurm's end time counts too", free=True
+    )
+    rank_timeout: int = setting(60, "seconds that several ranks wait for each other before one counts as dead", minimum=1, free=True)
 
     epochs: int = setting(1, "passes over the training documents", minimum=1)
     max_steps: int | None = setting(None, "stop after this many optimiser steps, if that comes first", minimum=1)
@@ -55,10 +69,12 @@ class TrainConfig(Settings):
     train_on_prompt: bool = setting(False, "prompt tokens count in the loss too")
 
     seed: int = setting(42, "seed of initialisation, order and dropout", minimum=0)
-    dtype: str = setting("auto", "type of the frozen base; adapters stay fp32", choices=DTYPES)
-    no_cuda: bool = setting(False, "stay on the CPU")
-    backend: str = setting("auto", "native decoder, or transformers + peft for any other model", choices=("auto", "native", "hf"))
-    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)
+    dtype: str = setting("auto", "type of the frozen base; adapters stay fp32", choices=DTYPES, free=True)
+    no_cuda: bool = setting(False, "stay on the CPU", free=True)
+    backend: str = setting(
+        "auto", "native decoder, or transformers + peft for any other model", choices=("auto", "native", "hf"), free=True
+    )
+    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1, free=True)
 
 
 @dataclass(frozen=True)

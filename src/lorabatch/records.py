@@ -138,6 +138,13 @@ class JsonlWriter:
                 os.fsync(self._file.fileno())
                 self._last_fsync = now
 
+    def sync(self) -> int:
+        """Flush to the disk itself; returns the length of the file in bytes."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
+        self._last_fsync = time.perf_counter()
+        return os.fstat(self._file.fileno()).st_size
+
     def close(self) -> None:
         if not self._file.closed:
             with writing(self.path), self._file:
@@ -171,12 +178,13 @@ class RunFolder:
     ) -> RunFolder:
         """Make or reopen the folder. UsageError if it holds another run, UnavailableError if not writable."""
         earlier = path / "run.json"
+        found: dict[str, Any] = {}
         if earlier.exists():
             found = read_json(earlier)
             if found.get("kind") != kind:
                 raise UsageError(f"holds a run of another kind ({found.get('kind')})", where=path, fix=f"choose another {folder_flag}")
             if not (overwrite or resume):
-                ways = "--resume to go on, --overwrite to replace it," if kind == "infer" else "--overwrite to replace it,"
+                ways = f"--resume{' auto' if kind == 'train' else ''} to go on, --overwrite to replace it,"
                 raise UsageError(
                     f"holds an earlier run ({found.get('status')})", where=path, fix=f"add {ways} or choose another {folder_flag}"
                 )
@@ -190,7 +198,7 @@ class RunFolder:
         if overwrite and not resume:
             for name in RUN_FILES:
                 (path / name).unlink(missing_ok=True)
-            for name in ("best", "last"):
+            for name in ("best", "last", "checkpoints"):
                 shutil.rmtree(path / name, ignore_errors=True)
         record = {
             "schema_version": SCHEMA_VERSION,
@@ -203,6 +211,8 @@ class RunFolder:
             "config": dict(config),
             "environment": dict(environment),
         }
+        if resume and found:  # one run, however many attempts it takes
+            record |= {k: found[k] for k in ("run_id", "started_at", "resumed") if k in found}
         run = cls(path, record)
         run.save()
         return run

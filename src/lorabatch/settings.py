@@ -42,9 +42,10 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
+    free: bool = False,
 ) -> Any:
-    """A dataclass field that knows its help and its legal values."""
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "below": below, "choices": choices}
+    """A dataclass field that knows its help, its legal values, and whether a resumed run is free to change it."""
+    metadata = {"free": free, "help": help, "minimum": minimum, "maximum": maximum, "above": above, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -65,6 +66,11 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that the result depends on, without those whose content is compared instead (base, data, type)."""
+        values = self.to_dict()
+        return {field.name: values[field.name] for field in dataclasses.fields(self) if not field.metadata["free"]}
 
     def to_toml(self) -> str:
         """The configuration as a TOML file that ``--config`` reads back to the same object."""

@@ -1,10 +1,16 @@
-"""SIGTERM, SIGUSR1 and SIGINT as a flag that loops look at between steps."""
+"""Reasons to stop before the end: SIGTERM, SIGUSR1 and SIGINT as a flag that loops look at, and the end of the allotted time."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import time
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+
+from lorabatch.errors import UsageError
 
 
 class StopSignals:
@@ -30,3 +36,39 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When the work must be over, in seconds of the wall clock (infinite: never), and who says so."""
+
+    at_s: float = float("inf")
+    source: str = "nothing"
+
+    def within(self, seconds: float) -> bool:
+        return time.time() + seconds >= self.at_s
+
+    @classmethod
+    def from_flag_and_slurm(cls, time_limit: str | None) -> Deadline:
+        """The earlier of ``--time_limit``, counted from now, and the end of the Slurm job."""
+        found = [cls()]
+        if time_limit is not None:
+            found.append(cls(time.time() + limit_seconds(time_limit), f"--time_limit {time_limit}"))
+        slurm_end = os.environ.get("SLURM_JOB_END_TIME", "")
+        if slurm_end.isdigit():
+            if int(slurm_end) > time.time():
+                found.append(cls(float(slurm_end), "the end of the Slurm job"))
+            else:
+                print("warning: SLURM_JOB_END_TIME is in the past: ignored", file=sys.stderr)
+        return min(found, key=lambda d: d.at_s)
+
+
+def limit_seconds(text: str) -> float:
+    """``"90"`` (minutes) or ``"1:30:00"`` (hours:minutes:seconds) in seconds. UsageError for anything else."""
+    fields = text.split(":")
+    if len(fields) not in (1, 3) or not all(f.isdigit() and f.isascii() for f in fields) or not any(map(int, fields)):
+        raise UsageError("not a time", where=f"--time_limit {text}", fix="give minutes (90) or h:mm:ss (1:30:00)")
+    if len(fields) == 1:
+        return int(text) * 60.0
+    hours, minutes, seconds = map(int, fields)
+    return hours * 3600.0 + minutes * 60.0 + seconds

@@ -47,3 +47,17 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             blocks.append([index])
             room.append(capacity - lengths[index])
     return blocks
+
+
+def deal(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of ``lengths`` for each of ``count`` ranks, sums near-equal: the longest first, each to the one that has least.
+
+    Example: ``deal([5, 3, 4, 2], 2) == [[0, 3], [1, 2]]``.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    sums = [0] * count
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        least = min(range(count), key=lambda rank: sums[rank])
+        shares[least].append(index)
+        sums[least] += lengths[index]
+    return [sorted(share) for share in shares]

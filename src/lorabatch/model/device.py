@@ -18,12 +18,14 @@ TYPE_NAMES = {v: k for k, v in TYPES.items()}
 
 def choose_device(*, no_cuda: bool) -> torch.device:
     if not no_cuda and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # A launcher may show each rank all GPUs of the node or only its own.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def choose_threads(threads: int | None) -> int:
-    count = threads or usable_cores()
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's; Slurm gives each task cores of its own
+    count = threads or max(1, usable_cores() // ranks_here)
     torch.set_num_threads(count)
     return count
 

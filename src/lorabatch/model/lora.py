@@ -116,11 +116,12 @@ class AdapterSet:
     def zero_grad(self) -> None:
         self.grad.zero_()
 
-    def weights(self) -> LoraWeights:
-        """A copy on the CPU, independent of further training."""
-        return LoraWeights(
-            self.settings, {path: (a.detach().cpu().clone(), b.detach().cpu().clone()) for path, (a, b) in self.pairs.items()}
-        )
+    def weights(self, flat: Tensor | None = None) -> LoraWeights:
+        """A copy on the CPU, independent of further training; of ``flat`` [num_params] instead of the present values if given."""
+        copy = (self.flat.detach() if flat is None else flat).cpu().clone()
+        parameters = [p for pair in self.pairs.values() for p in pair]
+        halves = [t.view(p.shape) for t, p in zip(copy.split([p.numel() for p in parameters]), parameters, strict=True)]
+        return LoraWeights(self.settings, dict(zip(self.pairs, zip(halves[0::2], halves[1::2], strict=True), strict=True)))
 
 
 def attach(decoder: Decoder, settings: LoraSettings, *, seed: int) -> AdapterSet:

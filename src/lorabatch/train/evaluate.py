@@ -17,6 +17,7 @@ from torch import Tensor
 from lorabatch.corpus.packing import pack
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
 from lorabatch.measure.statistics import bits_per_byte, perplexity
+from lorabatch.train.ranks import ALONE, Ranks
 
 
 class LossModel(Protocol):
@@ -53,15 +54,24 @@ def blocks_of(documents: Sequence[TokenDocument], block_tokens: int) -> Iterator
 
 @torch.no_grad()
 def evaluate(
-    model: LossModel, corpus: TokenCorpus, *, block_tokens: int, stop_requested: Callable[[], bool] = lambda: False
+    model: LossModel,
+    corpus: TokenCorpus,
+    *,
+    block_tokens: int,
+    stop_requested: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> EvalResult | None:
-    """Score a corpus; None if a stop was requested before the end."""
+    """Score a corpus, each rank its share; None if a stop was requested before the end."""
     start = time.perf_counter()
     model.train(False)
-    total = 0.0
-    for token_ids, first_targets in blocks_of(corpus.documents, block_tokens):
-        if stop_requested():
-            return None
+    total, stopped = 0.0, False
+    for token_ids, first_targets in blocks_of(ranks.mine(corpus.documents), block_tokens):
+        stopped = stop_requested()
+        if stopped:
+            break
         total += float(model.loss_sum(token_ids, first_targets))
+    total, stops = ranks.sum_(torch.tensor([total, stopped], dtype=torch.float64)).tolist()
+    if stops:
+        return None
     bits = bits_per_byte(total, corpus.target_bytes) if corpus.target_bytes else None
     return EvalResult(total / corpus.num_targets, corpus.num_targets, time.perf_counter() - start, bits)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,14 @@ from typing import Any
 from lorabatch import hub
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.readers import Document, read_documents
-from lorabatch.errors import InterruptedRun, LorabatchError
+from lorabatch.errors import InterruptedRun, LorabatchError, TrainingError, UnavailableError
 from lorabatch.measure.environment import environment, gpu_description
-from lorabatch.measure.statistics import mean, percentile, perplexity, rate, summary
-from lorabatch.measure.system import SystemSampler, peak_memory_bytes
+from lorabatch.measure.statistics import perplexity
+from lorabatch.measure.system import SystemSampler
 from lorabatch.progress import Progress
-from lorabatch.records import RunFolder, write_json
-from lorabatch.signals import StopSignals
-
-EXIT_BY_SIGNAL = 128  # shells' convention: 128 + number of the signal
+from lorabatch.records import RunFolder, read_json, write_json
+from lorabatch.signals import Deadline, StopSignals
+from lorabatch.train.figures import data_line, data_record, metrics_record, print_summary
 
 
 @dataclass
@@ -38,6 +40,19 @@ class Phases:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is known before anything is loaded."""
+
+    config: TrainConfig
+    source: hub.ModelSource
+    train_documents: list[Document]
+    val_documents: list[Document] | None
+    signals: StopSignals
+    deadline: Deadline
+    ranks: Any  # Ranks; its module imports torch
+
+
 def default_save_dir(base_model: str) -> Path:
     return Path("results") / f"lora-{Path(base_model.rstrip('/')).name.removesuffix('.gguf')}"
 
@@ -45,88 +60,136 @@ def default_save_dir(base_model: str) -> Path:
 def run_training(config: TrainConfig, command: list[str]) -> int:
     """Returns the exit code; raises LorabatchError for what the user can mend."""
     hub.prepare_environment()
+    deadline = Deadline.from_flag_and_slurm(config.time_limit)
     train_documents = read_documents(Path(config.train_path), txt_format=config.txt_format, text_field=config.text_field)
     val_documents = None
     if config.val_path:
         val_documents = read_documents(Path(config.val_path), txt_format=config.txt_format, text_field=config.text_field)
     source = hub.find_model(config.base_model)
     save_dir = Path(config.save_dir) if config.save_dir else default_save_dir(config.base_model)
+    with StopSignals() as signals, _joined(config) as ranks:
+        if ranks.from_first(ranks.is_first and _is_done(config, save_dir)):
+            print(f"{save_dir}: this run is complete; nothing to do")
+            return 0
+        work = _Work(config, source, train_documents, val_documents, signals, deadline, ranks)
+        if ranks.is_first:
+            return _run_in(save_dir, config, command, work)
+        # The other ranks do the same and keep nothing of it: one writer per run.
+        with ExitStack() as silent:
+            scratch = silent.enter_context(tempfile.TemporaryDirectory())
+            nowhere = silent.enter_context(Path(os.devnull).open("w"))
+            silent.enter_context(redirect_stdout(nowhere))
+            silent.enter_context(redirect_stderr(nowhere))
+            return _run_in(Path(scratch), config, command, work)
+
+
+def _run_in(folder: Path, config: TrainConfig, command: list[str], work: _Work) -> int:
     run = RunFolder.create(
-        save_dir,
+        folder,
         kind="train",
         config=config.to_dict(),
         command=command,
         environment=environment(),
         folder_flag="--save_dir",
         overwrite=config.overwrite,
+        resume=config.resume is not None,
     )
     try:
-        with StopSignals() as signals:
-            _train(run, config, source, train_documents, val_documents, signals)
-            if signals.received:
-                run.finish("interrupted", signal=signals.received.name)
-                print(f"stopped by {signals.received.name}; the adapter so far is in {save_dir}")
-                return EXIT_BY_SIGNAL + signals.received
+        reason = _train(run, work)
+        if reason == "interrupted":
+            cause = work.signals.received.name if work.signals.received else work.deadline.source
+            raise InterruptedRun(f"stopped by {cause} with everything saved", where=folder, fix="go on with --resume auto")
         run.finish("completed")
         return 0
     except BaseException as error:
         status = "interrupted" if isinstance(error, (InterruptedRun, KeyboardInterrupt)) else "failed"
-        run.finish(status, error=str(error) if isinstance(error, LorabatchError) else repr(error))
+        with suppress(OSError):  # a full disk must not hide what filled it
+            run.finish(status, error=str(error) if isinstance(error, LorabatchError) else repr(error))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UnavailableError(
+                f"no space left ({error.strerror})", where=folder, fix="free some space and run again with --resume auto"
+            ) from None
         raise
 
 
-def _train(
-    run: RunFolder,
-    config: TrainConfig,
-    source: hub.ModelSource,
-    train_documents: list[Document],
-    val_documents: list[Document] | None,
-    signals: StopSignals,
-) -> None:
+@contextmanager
+def _joined(config: TrainConfig) -> Iterator[Any]:
+    """The other ranks, if this process was started as one of several."""
+    from lorabatch.train.ranks import find_place, joined
+
+    with joined(find_place(os.environ), timeout_s=config.rank_timeout) as ranks:
+        yield ranks
+
+
+def _is_done(config: TrainConfig, save_dir: Path) -> bool:
+    """Whether ``--resume auto`` finds the run that was asked for already complete."""
+    if config.resume != "auto" or config.overwrite or not (save_dir / "run.json").exists():
+        return False
+    record = read_json(save_dir / "run.json")
+    earlier, now = record.get("config", {}), config.to_dict()
+    same = (*config.fixed(), "base_model", "train_path", "val_path")
+    return record.get("status") == "completed" and all(earlier.get(k) == now[k] for k in same)
+
+
+def _train(run: RunFolder, work: _Work) -> str:
+    """Load, train, save; returns why the loop ended."""
+    config, source, signals, deadline, ranks = work.config, work.source, work.signals, work.deadline, work.ranks
     phases = Phases()
     with SystemSampler(run.path / "system.jsonl") as sampler:
         with phases.measured("import_s"):
             from lorabatch.model import load
             from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
             from lorabatch.model.lora import LoraSettings
+            from lorabatch.train import checkpoint
             from lorabatch.train.loop import planned_steps, train_loop
+            from lorabatch.train.saver import Identity, Saver
+            from lorabatch.train.state import Learner
+        found = ranks.from_first(checkpoint.find(config.resume, run.path) if config.resume and ranks.is_first else None)
         device = choose_device(no_cuda=config.no_cuda)
         threads = choose_threads(config.threads)
-        dtype = choose_dtype(config.dtype, device)
+        # A timing decided "auto"; a resumed run must not decide again.
+        earlier_type = found.state["identity"]["content"]["dtype"] if found and config.dtype == "auto" else config.dtype
+        dtype = choose_dtype(earlier_type, device)
         with phases.measured("tokenise_s"):
             tokenizer = load.load_tokenizer(source.path)
             model_config = load.load_config(source.path)
-            corpus, validation = _tokenise(config, model_config, tokenizer, train_documents, val_documents)
+            corpus, validation = _tokenise(config, model_config, tokenizer, work.train_documents, work.val_documents)
         with phases.measured("load_s"):
             model = load.load_model(source, model_config, backend=config.backend, dtype=dtype, device=device)
             settings = LoraSettings(config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.target_modules)
-            adapters = model.attach(settings, seed=config.seed)
+            learner = Learner(model.attach(settings, seed=config.seed), config, fp16=TYPE_NAMES[dtype] == "fp16")
+        num_trainable = learner.adapters.num_params
         machine = {
             "device": str(device),
             "dtype": TYPE_NAMES[dtype],
             "threads": threads,
             "backend": model.backend,
+            "ranks": ranks.count,
             "gpu": gpu_description(),
         }
         size = {
-            "trainable_params": adapters.num_params,
+            "trainable_params": num_trainable,
             "base_params": model.num_base_params,
-            "trainable_share": adapters.num_params / (adapters.num_params + model.num_base_params),
+            "trainable_share": num_trainable / (num_trainable + model.num_base_params),
         }
-        steps = planned_steps(config, len(corpus.documents))
         run.save(
             model={"name": source.name, "revision": source.revision, "fingerprint": model.base_fingerprint, **size},
-            data=_data_record(corpus, validation),
+            data=data_record(corpus, validation),
             **machine,
         )
         print(
-            f"base {source.name} ({size['base_params'] / 1e6:.1f}M parameters, {machine['dtype']} on {device}, {threads} threads); "
+            f"base {source.name} ({size['base_params'] / 1e6:.1f}M parameters, {machine['dtype']} on {device}, {threads} threads{f' x {ranks.count} ranks' if ranks.count > 1 else ''}); "
             f"trainable {size['trainable_params']:,} ({100 * size['trainable_share']:.2f} %)"
         )
-        print(_data_line(corpus, validation, config))
-        keeper = _Keeper(run, source.name, model, adapters, phases)
+        print(data_line(corpus, validation, config))
+        identity = Identity.of(config, corpus, validation, base=model.base_fingerprint or source.name, machine=machine)
+        saver = Saver(run, config, identity, learner, model, source.name, writes=ranks.is_first)
+        saver.resume(found)
+        first_step = learner.state.step
+        ranks.wait_for_loading()
         with run.jsonl("events.jsonl") as events, phases.measured("loop_s"):
-            progress = Progress(steps, unit="step", description="train")
+            saver.events = events
+            progress = Progress(planned_steps(config, len(corpus.documents)), unit="step", description="train", done=first_step)
 
             def on_step(state: Any, record: Mapping[str, Any]) -> None:
                 progress.update(loss=f"{record['loss']:.3f}", tokens_per_s=f"{record['tokens_per_s']:.0f}")
@@ -137,55 +200,36 @@ def _train(
                     f"step {state.step}: eval loss {result.loss:.4f}, perplexity {perplexity(result.loss) or float('inf'):.2f}{bits}{'  (best)' if improved else ''}"
                 )
                 if state.step:
-                    keeper.save(best=improved)
+                    saver.save_adapter(best=improved)
 
             try:
                 state = train_loop(
                     model,
-                    adapters,
+                    learner,
                     corpus,
                     validation,
                     config,
                     sink=events.write,
                     on_step=on_step,
                     on_eval=on_eval,
-                    stop_requested=lambda: bool(signals),
+                    on_boundary=saver.at_boundary,
+                    stop_requested=lambda: bool(signals) or deadline.within(saver.needed_s()),
+                    ranks=ranks,
                 )
-            except LorabatchError:
-                keeper.save(best=False)
+            except TrainingError:
+                saver.save_adapter(best=False)
                 raise
             finally:
                 progress.close()
-        keeper.save(best=False)
-    metrics = _metrics(state, model, size, phases, device, dtype) | sampler.summary()
+                phases.seconds["save_s"] = saver.seconds
+        saver.save_adapter(best=False)
+    if state.reason == "interrupted" and not signals and state.step == first_step:
+        raise TrainingError("no step fits before it", where=deadline.source, fix="ask for more time")
+    metrics = metrics_record(state, model, size, phases.seconds, device, dtype) | saver.figures() | sampler.summary()
     write_json(run.path / "metrics.json", metrics)
-    run.save(reason=state.reason, root_adapter=keeper.root, best_step=state.best_step)
-    _print_summary(metrics, run.path, keeper.root)
-
-
-class _Keeper:
-    """Saves ``last/`` and ``best/``, and at the run's root the best adapter (the last one without evaluation)."""
-
-    def __init__(self, run: RunFolder, base_name: str, model: Any, adapters: Any, phases: Phases) -> None:
-        self._run, self._base_name, self._model, self._adapters, self._phases = run, base_name, model, adapters, phases
-        self.root = "last"
-
-    def save(self, *, best: bool) -> None:
-        from lorabatch.model.lora import save_adapter
-
-        if best:
-            self.root = "best"
-        folders = ["last"] + (["best"] if best else []) + (["."] if best or self.root == "last" else [])
-        weights = self._adapters.weights()
-        with self._phases.measured("save_s"):
-            for folder in folders:
-                save_adapter(
-                    self._run.path / folder,
-                    weights,
-                    base_name=self._base_name,
-                    base_fingerprint=self._model.base_fingerprint,
-                    fan_in_fan_out=self._model.fan_in_fan_out,
-                )
+    run.save(reason=state.reason, root_adapter=saver.root, best_step=state.best_step)
+    print_summary(metrics, run.path, saver.root)
+    return str(state.reason)
 
 
 def _tokenise(
@@ -201,104 +245,3 @@ def _tokenise(
     return corpus, tokenise(
         val_documents[: config.max_val_documents], tokenizer, max_len=max_len, train_on_prompt=config.train_on_prompt, count_bytes=True
     )
-
-
-def _data_record(corpus: Any, validation: Any) -> dict[str, Any]:
-    def one(part: Any) -> dict[str, Any]:
-        return {
-            "documents_read": part.num_read,
-            "documents": len(part.documents),
-            "split": part.num_split,
-            "cut": part.num_cut,
-            "dropped": part.num_dropped,
-            "tokens": part.num_tokens,
-            "target_tokens": part.num_targets,
-            "median_tokens": percentile([d.num_tokens for d in part.documents], 50),
-            "longest_tokens": max(d.num_tokens for d in part.documents),
-        }
-
-    return {"train": one(corpus), "val": one(validation) if validation else None}
-
-
-def _data_line(corpus: Any, validation: Any, config: TrainConfig) -> str:
-    def counted(part: Any) -> str:
-        changes = [
-            f"{n} {what}" for n, what in ((part.num_split, "split"), (part.num_cut, "cut at --max_len"), (part.num_dropped, "dropped")) if n
-        ]
-        return f"{len(part.documents)} documents, {part.num_tokens:,} tokens" + (f" ({', '.join(changes)})" if changes else "")
-
-    return f"train {counted(corpus)}; " + (f"validation {counted(validation)}" if validation else "no validation")
-
-
-def _metrics(state: Any, model: Any, size: Mapping[str, Any], phases: Phases, device: Any, dtype: Any) -> dict[str, Any]:
-    mfu = ceiling = None
-    if model.spec is not None and state.train_s:
-        from lorabatch.measure.machine import measured_flops_per_s
-        from lorabatch.measure.roofline import training_flops
-
-        flops = training_flops(
-            model.spec,
-            tokens=state.tokens,
-            targets=state.targets,
-            squared_lengths=state.squared_lengths,
-            lora_params=size["trainable_params"],
-        )
-        ceiling = measured_flops_per_s(dtype, device)
-        mfu = flops / state.train_s / ceiling
-    best = state.best_eval or state.last_eval
-    per_minute = rate(state.step, state.train_s)
-    return {
-        "schema_version": 1,
-        "kind": "train",
-        "steps": state.step,
-        "planned_steps": state.total_steps,
-        "loss": state.last_loss,
-        "eval_loss": best.loss if best else None,
-        "perplexity": perplexity(best.loss) if best else None,
-        "bits_per_byte": best.bits_per_byte if best else None,
-        "eval_loss_before": state.first_eval.loss if state.first_eval else None,
-        "bits_per_byte_before": state.first_eval.bits_per_byte if state.first_eval else None,
-        "best_step": state.best_step,
-        "epoch_s": mean(state.epoch_s),
-        **summary("step_ms", state.step_ms),
-        "steps_per_min": per_minute * 60 if per_minute else None,
-        "tokens_per_s": rate(state.tokens, state.train_s),
-        "total_tokens": state.tokens,
-        "target_tokens": state.targets,
-        "padding_share": 0.0 if model.backend == "native" else None,
-        **size,
-        "mfu": mfu,
-        "measured_flops_per_s": ceiling,
-        "peak_memory_bytes": peak_memory_bytes() if device.type == "cpu" else _gpu_peak_bytes(),
-        "train_s": state.train_s,
-        "phases": {name: round(seconds, 3) for name, seconds in phases.seconds.items()},
-    }
-
-
-def _gpu_peak_bytes() -> int:
-    import torch
-
-    return int(torch.cuda.max_memory_allocated())
-
-
-def _print_summary(metrics: Mapping[str, Any], path: Path, root: str) -> None:
-    def shown(name: str, form: str, unit: str = "") -> str:
-        return "not measured" if metrics[name] is None else form.format(metrics[name]) + unit
-
-    bits = (
-        f"{shown('bits_per_byte_before', '{:.4f}')} -> {shown('bits_per_byte', '{:.4f}')}"
-        if metrics["bits_per_byte"] is not None
-        else "not measured"
-    )
-    rows = [
-        ("steps", f"{metrics['steps']} of {metrics['planned_steps']}"),
-        ("train loss", shown("loss", "{:.4f}")),
-        ("validation bits per byte", bits),
-        ("tokens/s", shown("tokens_per_s", "{:.0f}")),
-        ("median step", shown("median_step_ms", "{:.0f}", " ms")),
-        ("share of measured GEMM rate (4N)", shown("mfu", "{:.0%}")),
-        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
-    print(f"{root} adapter: {path}")

@@ -1,0 +1,112 @@
+"""What a training run says about itself: data, metrics.json, the lines printed at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorabatch.config import TrainConfig
+from lorabatch.measure.statistics import mean, percentile, perplexity, rate, summary
+from lorabatch.measure.system import peak_memory_bytes
+
+
+def data_record(corpus: Any, validation: Any) -> dict[str, Any]:
+    def one(part: Any) -> dict[str, Any]:
+        return {
+            "documents_read": part.num_read,
+            "documents": len(part.documents),
+            "split": part.num_split,
+            "cut": part.num_cut,
+            "dropped": part.num_dropped,
+            "tokens": part.num_tokens,
+            "target_tokens": part.num_targets,
+            "median_tokens": percentile([d.num_tokens for d in part.documents], 50),
+            "longest_tokens": max(d.num_tokens for d in part.documents),
+        }
+
+    return {"train": one(corpus), "val": one(validation) if validation else None}
+
+
+def data_line(corpus: Any, validation: Any, config: TrainConfig) -> str:
+    def counted(part: Any) -> str:
+        changes = [
+            f"{n} {what}" for n, what in ((part.num_split, "split"), (part.num_cut, "cut at --max_len"), (part.num_dropped, "dropped")) if n
+        ]
+        return f"{len(part.documents)} documents, {part.num_tokens:,} tokens" + (f" ({', '.join(changes)})" if changes else "")
+
+    return f"train {counted(corpus)}; " + (f"validation {counted(validation)}" if validation else "no validation")
+
+
+def metrics_record(state: Any, model: Any, size: Mapping[str, Any], phases: Mapping[str, float], device: Any, dtype: Any) -> dict[str, Any]:
+    mfu = ceiling = None
+    if model.spec is not None and state.train_s:
+        from lorabatch.measure.machine import measured_flops_per_s
+        from lorabatch.measure.roofline import training_flops
+
+        flops = training_flops(
+            model.spec,
+            tokens=state.tokens,
+            targets=state.targets,
+            squared_lengths=state.squared_lengths,
+            lora_params=size["trainable_params"],
+        )
+        ceiling = measured_flops_per_s(dtype, device)
+        mfu = flops / state.train_s / ceiling
+    best = state.best_eval or state.last_eval
+    per_minute = rate(state.step, state.train_s)
+    return {
+        "schema_version": 1,
+        "kind": "train",
+        "steps": state.step,
+        "planned_steps": state.total_steps,
+        "loss": state.last_loss,
+        "eval_loss": best.loss if best else None,
+        "perplexity": perplexity(best.loss) if best else None,
+        "bits_per_byte": best.bits_per_byte if best else None,
+        "eval_loss_before": state.first_eval.loss if state.first_eval else None,
+        "bits_per_byte_before": state.first_eval.bits_per_byte if state.first_eval else None,
+        "best_step": state.best_step,
+        "epoch_s": mean(state.epoch_s),
+        **summary("step_ms", state.step_ms),
+        "steps_per_min": per_minute * 60 if per_minute else None,
+        "tokens_per_s": rate(state.tokens, state.train_s),
+        "total_tokens": state.tokens,
+        "target_tokens": state.targets,
+        "padding_share": 0.0 if model.backend == "native" else None,
+        **size,
+        "mfu": mfu,
+        "measured_flops_per_s": ceiling,
+        "peak_memory_bytes": peak_memory_bytes() if device.type == "cpu" else _gpu_peak_bytes(),
+        "train_s": state.train_s,
+        "phases": {name: round(seconds, 3) for name, seconds in phases.items()},
+    }
+
+
+def _gpu_peak_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.max_memory_allocated())
+
+
+def print_summary(metrics: Mapping[str, Any], path: Path, root: str) -> None:
+    def shown(name: str, form: str, unit: str = "") -> str:
+        return "not measured" if metrics[name] is None else form.format(metrics[name]) + unit
+
+    bits = (
+        f"{shown('bits_per_byte_before', '{:.4f}')} -> {shown('bits_per_byte', '{:.4f}')}"
+        if metrics["bits_per_byte"] is not None
+        else "not measured"
+    )
+    rows = [
+        ("steps", f"{metrics['steps']} of {metrics['planned_steps']}"),
+        ("train loss", shown("loss", "{:.4f}")),
+        ("validation bits per byte", bits),
+        ("tokens/s", shown("tokens_per_s", "{:.0f}")),
+        ("median step", shown("median_step_ms", "{:.0f}", " ms")),
+        ("share of measured GEMM rate (4N)", shown("mfu", "{:.0%}")),
+        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
+    print(f"{root} adapter: {path}")

@@ -1,0 +1,100 @@
+"""Where a run is: everything that changes while it trains, as one object that a checkpoint can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorabatch.config import TrainConfig
+from lorabatch.errors import UsageError
+from lorabatch.model.lora import AdapterSet
+from lorabatch.train.evaluate import EvalResult
+from lorabatch.train.scaler import LossScaler
+
+EVALS = ("first_eval", "last_eval", "best_eval")
+
+
+@dataclass
+class TrainState:
+    """Where a run is and what it has seen. Seconds are spent in steps only, not in evaluation."""
+
+    step: int = 0
+    total_steps: int = 0
+    tokens: int = 0
+    targets: int = 0
+    squared_lengths: int = 0
+    train_s: float = 0.0
+    epoch: int = 0
+    epoch_start_s: float = 0.0
+    step_ms: list[float] = field(default_factory=list)
+    epoch_s: list[float] = field(default_factory=list)
+    last_loss: float | None = None
+    first_eval: EvalResult | None = None
+    last_eval: EvalResult | None = None
+    best_eval: EvalResult | None = None
+    last_eval_step: int | None = None
+    best_step: int | None = None
+    best_weights: Tensor | None = None  # the flat adapter of the best evaluation, on the CPU
+    evals_without_gain: int = 0
+    reason: str = "finished"
+
+
+class Learner:
+    """Adapters, their optimiser, the loss scale and the counters: what a step changes and a checkpoint holds."""
+
+    def __init__(self, adapters: AdapterSet, config: TrainConfig, *, fp16: bool = False) -> None:
+        self.adapters = adapters
+        self.state = TrainState()
+        self.scaler = LossScaler() if fp16 else None
+        self.optimizer = torch.optim.AdamW(
+            [adapters.flat],
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The counters, as JSON can hold them to the bit."""
+        tensors = ("step_ms", "best_weights")
+        state = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(TrainState) if f.name not in tensors}
+        state |= {name: dataclasses.asdict(state[name]) for name in EVALS if state[name] is not None}
+        return {"counters": state, "scaler": dataclasses.asdict(self.scaler) if self.scaler else None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        moments = self.optimizer.state.get(self.adapters.flat) or {}  # empty before the first step
+        found = {
+            "adapters": self.adapters.flat.data,
+            "step_ms": torch.tensor(self.state.step_ms, dtype=torch.float64),
+            **{f"adam.{name}": tensor for name, tensor in moments.items()},
+        }
+        if self.state.best_weights is not None:
+            found["best_adapters"] = self.state.best_weights
+        return found
+
+    def restore(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Become what ``record`` and ``tensors`` described. UsageError if the adapters have another shape."""
+        if tensors["adapters"].shape != self.adapters.flat.shape:
+            raise UsageError(
+                f"the checkpoint has {tensors['adapters'].numel()} adapter weights, this run {self.adapters.num_params}",
+                where="--resume",
+                fix="use the base model, rank and targets of the run that saved it",
+            )
+        self.adapters.flat.data.copy_(tensors["adapters"])
+        counters = dict(record["counters"])
+        counters |= {name: EvalResult(**counters[name]) for name in EVALS if counters[name] is not None}
+        self.state = TrainState(**counters, step_ms=tensors["step_ms"].tolist(), best_weights=tensors.get("best_adapters"))
+        self.state.reason = "finished"
+        if self.scaler and record["scaler"]:
+            self.scaler = LossScaler(**record["scaler"])
+        moments = {name.removeprefix("adam."): t.clone() for name, t in tensors.items() if name.startswith("adam.")}
+        if moments:
+            whole = self.optimizer.state_dict()
+            whole["state"] = {0: moments}
+            self.optimizer.load_state_dict(whole)
