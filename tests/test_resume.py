@@ -184,10 +184,10 @@ def test_only_damaged_checkpoints_is_an_error_that_changes_nothing(two_checkpoin
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     for path in checkpoint.listed(run / "checkpoints"):
         flip_a_bit(path / "state.safetensors")
-    before = (run / "events.jsonl").read_bytes()
+    before = [(run / name).read_bytes() for name in ("events.jsonl", "run.json")]
     assert main(flags(tiny_llama_dir, corpus, run, "--resume", "auto")) == 65
     assert "none of 2 checkpoints is usable; start again with --overwrite" in capsys.readouterr().err
-    assert (run / "events.jsonl").read_bytes() == before
+    assert [(run / name).read_bytes() for name in ("events.jsonl", "run.json")] == before
     assert main(flags(tiny_llama_dir, corpus, run, "--resume", run / "checkpoints" / "step-00000011")) == 65
     assert "does not have the SHA-256" in capsys.readouterr().err
 
@@ -208,6 +208,8 @@ def test_another_run_is_refused_in_one_line(more, named, two_checkpoints, tiny_l
     assert main(flags(tiny_llama_dir, corpus, run, "--resume", "auto", *more)) == 64
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert named in line and "--resume_anyway" in line
+    for name in ("run.json", "events.jsonl", "adapter_model.safetensors"):
+        assert (run / name).read_bytes() == (two_checkpoints / name).read_bytes(), "a refusal changes nothing"
 
 
 def test_another_base_is_refused(two_checkpoints, tiny_gpt2_dir, corpus, tmp_path, capsys):
@@ -242,9 +244,9 @@ def test_only_the_newest_checkpoints_are_kept(uninterrupted):
 
 
 def test_the_time_limit_stops_before_the_wall(attempts, tiny_llama_dir, corpus, tmp_path):
-    argv = flags(tiny_llama_dir, corpus, tmp_path / "run", "--epochs", 100000, "--save_every_steps", 100000)
+    argv = flags(tiny_llama_dir, corpus, tmp_path / "run", "--epochs", 100000, "--save_every_steps", 100000, "--eval_every_steps", 100000)
     start_s = time.time()
-    code = attempts([*argv, "--eval_every_steps", "100000", "--time_limit", "0:00:08"], tmp_path / "log")
+    code = attempts([*argv, "--time_limit", "0:00:08"], tmp_path / "log")
     assert (code, time.time() - start_s < 9) == (75, True), (tmp_path / "log").read_text()
     assert "stopped by --time_limit 0:00:08 with everything saved" in (tmp_path / "log").read_text()
     assert attempts([*argv, "--resume", "auto", "--time_limit", "0:00:01"], tmp_path / "log") == 70

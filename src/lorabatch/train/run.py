@@ -15,7 +15,7 @@ from typing import Any
 from lorabatch import hub
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.readers import Document, read_documents
-from lorabatch.errors import InterruptedRun, LorabatchError, TrainingError, UnavailableError
+from lorabatch.errors import DataError, InterruptedRun, LorabatchError, TrainingError, UnavailableError, UsageError
 from lorabatch.measure.environment import environment, gpu_description
 from lorabatch.measure.statistics import perplexity
 from lorabatch.measure.system import SystemSampler
@@ -84,6 +84,8 @@ def run_training(config: TrainConfig, command: list[str]) -> int:
 
 
 def _run_in(folder: Path, config: TrainConfig, command: list[str], work: _Work) -> int:
+    record = folder / "run.json"
+    earlier = record.read_bytes() if config.resume and record.exists() else None
     run = RunFolder.create(
         folder,
         kind="train",
@@ -104,7 +106,10 @@ def _run_in(folder: Path, config: TrainConfig, command: list[str], work: _Work) 
     except BaseException as error:
         status = "interrupted" if isinstance(error, (InterruptedRun, KeyboardInterrupt)) else "failed"
         with suppress(OSError):  # a full disk must not hide what filled it
-            run.finish(status, error=str(error) if isinstance(error, LorabatchError) else repr(error))
+            if earlier is not None and isinstance(error, (UsageError, DataError)):
+                record.write_bytes(earlier)  # a refusal changes nothing
+            else:
+                run.finish(status, error=str(error) if isinstance(error, LorabatchError) else repr(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UnavailableError(
                 f"no space left ({error.strerror})", where=folder, fix="free some space and run again with --resume auto"
