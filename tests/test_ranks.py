@@ -1,24 +1,32 @@
 """Several processes, one adapter: who they are, that their number changes nothing, and what happens when one dies."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
+from helpers import native, randomise_b, tiny_corpus, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_cli import ROOT, TEXTS, wait_for_lines
 from test_resume import adapter_bytes, flags, history
+from test_train_loop import LENGTHS, TARGETS
 
 from lorabatch.cli import main
+from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import deal
 from lorabatch.errors import UnavailableError
-from lorabatch.train.ranks import Place, find_place, first_host
+from lorabatch.model.lora import LoraSettings
+from lorabatch.train.loop import train_loop
+from lorabatch.train.ranks import ALONE, Place, Ranks, find_place, first_host
+from lorabatch.train.state import Learner
 
 # Which process this is
 
@@ -156,3 +164,71 @@ def test_two_ranks_stopped_and_killed_end_with_the_same_bits(tiny_llama_dir, cor
     assert group.wait() == [0, 0], group.text()
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
     assert history(tmp_path / "run") == history(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_sharded_base_equals_a_whole_one(tiny_llama_dir, corpus, tmp_path):
+    """Ranks with unequal numbers of blocks, and a step that leaves one without documents: nobody waits for a gather that never comes."""
+    more = ["--lora_dropout", 0, "--batch_size", 11, "--block_tokens", 80, "--dtype", "fp32"]
+    groups = [
+        Group(2, flags(tiny_llama_dir, corpus, tmp_path / n, *more, *f), tmp_path) for n, f in (("whole", []), ("shared", ["--shard_base"]))
+    ]
+    for group in groups:
+        assert group.wait() == [0, 0], group.text()
+    for a, b in zip(history(tmp_path / "whole"), history(tmp_path / "shared"), strict=True):
+        assert (b.pop("event"), b) == (a.pop("event"), pytest.approx(a, rel=2e-5))
+    sizes = [json.loads((tmp_path / n / "run.json").read_text())["model"]["base_bytes"] for n in ("whole", "shared")]
+    embedding = 300 * 64 * 4 * 2
+    assert (sizes[1] - embedding) * 2 == sizes[0] - embedding, "half of the layers on each rank"
+
+
+# The gradient, exactly
+
+
+class Threads(Ranks):
+    """Ranks that are threads of this process: the sum is a list and a barrier."""
+
+    def __init__(self, rank, count, shared):
+        self.rank, self.count, (self._box, self._barrier) = rank, count, shared
+
+    def sum_(self, tensor):
+        self._box[self.rank] = tensor.clone()
+        self._barrier.wait()
+        tensor.copy_(sum(self._box.values()))
+        self._barrier.wait()
+        return tensor
+
+
+def fresh_learner():
+    model = native(tiny_model("llama"))
+    learner = Learner(model.attach(LoraSettings(r=4, alpha=8.0), seed=0), TrainConfig())
+    randomise_b(learner.adapters)
+    return model, learner
+
+
+def gradient_of_a_step(model, learner, ranks, batch_size, accumulation):
+    config = TrainConfig(batch_size=batch_size, grad_accum_steps=accumulation, max_steps=1, max_grad_norm=0, block_tokens=40)
+    nothing = dict.fromkeys(("sink", "on_step", "on_eval"), lambda *_: None)
+    train_loop(model, learner, tiny_corpus(LENGTHS, first_targets=TARGETS), None, config, **nothing, stop_requested=bool, ranks=ranks)
+    return learner.adapters.grad
+
+
+@pytest.mark.parametrize(("count", "batch_size", "accumulation"), [(1, 2, 4), (1, 8, 1), (2, 4, 2), (3, 8, 1), (9, 8, 1)])
+def test_the_number_of_ranks_does_not_change_the_gradient(count, batch_size, accumulation):
+    """8 documents a step, cut in every way; with 9 ranks one has nothing to do."""
+    expected = gradient_of_a_step(*fresh_learner(), ALONE, 1, 8)
+    shared, found = ({}, threading.Barrier(count)), {}
+    learners = [fresh_learner() for _ in range(count)]
+
+    def work(rank):
+        found[rank] = gradient_of_a_step(*learners[rank], Threads(rank, count, shared), batch_size, accumulation)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == count and float(expected.norm()) > 0.1
+    for gradient in found.values():
+        assert float((gradient - expected).norm() / expected.norm()) <= 1e-6
+        assert torch.equal(gradient, found[0])

@@ -70,6 +70,9 @@ class TrainConfig(Settings):
 
     seed: int = setting(42, "seed of initialisation, order and dropout", minimum=0)
     dtype: str = setting("auto", "type of the frozen base; adapters stay fp32", choices=DTYPES, free=True)
+    load_in_4bit: bool = setting(False, "hold the base in 4 bits: NF4, double quantisation (QLoRA; needs bitsandbytes)")
+    load_in_8bit: bool = setting(False, "hold the base in 8-bit integers (needs bitsandbytes)")
+    shard_base: bool = setting(False, "share the base's layers among the ranks: for models larger than one device", free=True)
     no_cuda: bool = setting(False, "stay on the CPU", free=True)
     backend: str = setting(
         "auto", "native decoder, or transformers + peft for any other model", choices=("auto", "native", "hf"), free=True

@@ -35,6 +35,7 @@ class HfModel:
         self.max_positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
         self.fan_in_fan_out = any(type(m).__name__ == "Conv1D" for m in model.modules())
         self.num_base_params = sum(p.numel() for p in model.parameters())
+        self.base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @classmethod

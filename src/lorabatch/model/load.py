@@ -13,6 +13,7 @@ from lorabatch.hub import ModelSource
 from lorabatch.model.hf import HfModel
 from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import spec_from_config
+from lorabatch.model.weights import MakeProduct
 
 Model = NativeModel | HfModel
 
@@ -58,7 +59,14 @@ def end_tokens(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def load_model(
-    source: ModelSource, config: Any, *, backend: str, dtype: torch.dtype, device: torch.device, adapter_dir: Path | None = None
+    source: ModelSource,
+    config: Any,
+    *,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter_dir: Path | None = None,
+    product: MakeProduct | None = None,
 ) -> Model:
     """The native decoder where it knows the architecture, the hf backend otherwise (said in one line)."""
     spec = spec_from_config(config)
@@ -69,7 +77,13 @@ def load_model(
             fix="use --backend auto or hf",
         )
     if backend == "hf" or spec is None:
+        if product is not None:
+            raise UnavailableError(
+                "only the native decoder can quantise or shard its base",
+                where=f"a {config.model_type} model",
+                fix="leave out --load_in_4bit, --load_in_8bit and --shard_base",
+            )
         why = "asked for" if backend == "hf" else f"'{config.model_type}' is not a native architecture"
         print(f"backend: transformers ({why}): complete, but slower than the native decoder", file=sys.stderr)
         return HfModel.load(source.path, dtype=dtype, device=device, adapter_dir=adapter_dir)
-    return NativeModel.load(source.path, spec, dtype=dtype, device=device, adapter_dir=adapter_dir)
+    return NativeModel.load(source.path, spec, dtype=dtype, device=device, adapter_dir=adapter_dir, product=product)

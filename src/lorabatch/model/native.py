@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lorabatch.model.decoder import Decoder
 from lorabatch.model.lora import AdapterSet, LoraSettings, LoraWeights, attach, linear_shapes, load_adapter
 from lorabatch.model.loss import cross_entropy_sum
 from lorabatch.model.spec import ModelSpec
-from lorabatch.model.weights import build_decoder, fingerprint, normalised, read_checkpoint
+from lorabatch.model.weights import MakeProduct, build_decoder, fingerprint, normalised, read_checkpoint
 
 
 class NativeModel:
@@ -28,7 +29,14 @@ class NativeModel:
 
     @classmethod
     def load(
-        cls, folder: Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, adapter_dir: Path | None = None
+        cls,
+        folder: Path,
+        spec: ModelSpec,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapter_dir: Path | None = None,
+        product: MakeProduct | None = None,
     ) -> NativeModel:
         """Read a checkpoint; an adapter is checked against it, then merged in fp32 before the one cast to ``dtype``."""
         tensors = read_checkpoint(folder)
@@ -37,7 +45,7 @@ class NativeModel:
         if adapter_dir is not None:
             meta = build_decoder(spec, {k: v.to("meta") for k, v in tensors.items()}, device="meta", prepack=False)
             adapter = load_adapter(adapter_dir, linear_shapes(meta), base_fingerprint=base)
-        decoder = build_decoder(spec, tensors, dtype=dtype, device=device, merge=adapter.delta if adapter else None)
+        decoder = build_decoder(spec, tensors, dtype=dtype, device=device, merge=adapter.delta if adapter else None, product=product)
         return cls(spec, decoder, base, adapter=adapter)
 
     @property
@@ -55,6 +63,17 @@ class NativeModel:
         positions = 0 if self.decoder.position_embedding is None else self.decoder.position_embedding.numel()
         tables = self.decoder.embedding.numel() * (1 if self.spec.tied_head else 2)
         return linears + norms + positions + tables
+
+    @property
+    def base_bytes(self) -> int:
+        """Memory of the frozen weights on this rank, without what a product packs besides."""
+
+        def size(tensor: Tensor) -> int:
+            return tensor.numel() * tensor.element_size()
+
+        products: list[Any] = [layer.product for layer in self.decoder.linears()]
+        tables = size(self.decoder.embedding) * (1 if self.spec.tied_head else 2)
+        return tables + sum(p.num_bytes if hasattr(p, "num_bytes") else size(p.weight) for p in products)
 
     def attach(self, settings: LoraSettings, *, seed: int) -> AdapterSet:
         return attach(self.decoder, settings, seed=seed)

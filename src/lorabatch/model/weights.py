@@ -17,11 +17,13 @@ from torch import Tensor
 
 from lorabatch.errors import DataError
 from lorabatch.model.decoder import Decoder, Layer, Norm
-from lorabatch.model.linear import FrozenLinear, Part, can_prepack
+from lorabatch.model.linear import FrozenLinear, Part, Product, can_prepack
 from lorabatch.model.spec import ModelSpec
 
 MergeDelta = Callable[[str], Tensor | None]
 """Path of a linear layer -> the fp32 update [O, I] to add before casting, or None."""
+MakeProduct = Callable[[Tensor, list[int]], Product]
+"""A layer's weight [O, I], cast and placed, and the rows of each of its parts -> how it is kept: quantised, sharded."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,10 @@ def normalised(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 class _Source:
     """Hands out each tensor once, cast and placed; what is missing or left over is an error."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, transposed: bool, dtype: torch.dtype, device: torch.device) -> None:
-        self._left = dict(tensors)
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, transposed: bool, dtype: torch.dtype, device: torch.device, product: MakeProduct | None
+    ) -> None:
+        self._left, self._product = dict(tensors), product
         self._transposed, self._dtype, self._device = transposed, dtype, device
 
     def take(self, name: str) -> Tensor:
@@ -154,7 +158,10 @@ class _Source:
         if any(b is not None for b in biases):
             bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)])
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return FrozenLinear(weight, bias, parts, prepack=prepack)
+        layer = FrozenLinear(weight, bias, parts, prepack=prepack and self._product is None)
+        if self._product is not None:
+            layer.product = self._product(weight, [w.shape[0] for w in weights])  # the dense weight is dropped here, one layer at a time
+        return layer
 
     def check_empty(self) -> None:
         if self._left:
@@ -170,13 +177,15 @@ def build_decoder(
     device: torch.device | str = "cpu",
     merge: MergeDelta | None = None,
     prepack: bool = True,
+    product: MakeProduct | None = None,
 ) -> Decoder:
-    """A decoder from a checkpoint's tensors; with ``merge``, adapters are added to its weights.
+    """A decoder from a checkpoint's tensors; with ``merge``, adapters are added to its weights; ``product``
+    stores the layers' weights in another way (the head, which may be the embedding, stays as it is).
 
     Raises DataError for missing or unknown tensors.
     """
     names, device = FAMILY_NAMES[spec.family], torch.device(device)
-    source = _Source(normalised(spec, tensors), transposed=names.transposed, dtype=dtype, device=device)
+    source = _Source(normalised(spec, tensors), transposed=names.transposed, dtype=dtype, device=device, product=product)
     pack = prepack and device.type == "cpu" and can_prepack(dtype)
     embedding = source.cast(source.take(f"{names.embedding}.weight"))
     positions = source.cast(source.take(f"{names.positions}.weight")) if names.positions else None

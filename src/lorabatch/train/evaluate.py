@@ -52,6 +52,20 @@ def blocks_of(documents: Sequence[TokenDocument], block_tokens: int) -> Iterator
         yield [torch.from_numpy(d.token_ids) for d in chosen], [d.first_target for d in chosen]
 
 
+def rank_blocks(documents: Sequence[TokenDocument], block_tokens: int, ranks: Ranks) -> Iterator[tuple[list[Tensor], list[int], bool]]:
+    """This rank's blocks of the documents of all ranks, and whether they count.
+
+    Where all ranks must make the same number of passes, some repeat a short document that does not.
+    """
+    blocks = [list(blocks_of(share, block_tokens)) for share in ranks.shares(documents)]
+    mine = blocks[ranks.rank]
+    yield from ((*block, True) for block in mine)
+    if ranks.even:
+        shortest = min(documents, key=lambda d: d.num_tokens)
+        for _ in range(max(map(len, blocks)) - len(mine)):
+            yield [torch.from_numpy(shortest.token_ids)], [shortest.first_target], False
+
+
 @torch.no_grad()
 def evaluate(
     model: LossModel,
@@ -65,11 +79,12 @@ def evaluate(
     start = time.perf_counter()
     model.train(False)
     total, stopped = 0.0, False
-    for token_ids, first_targets in blocks_of(ranks.mine(corpus.documents), block_tokens):
-        stopped = stop_requested()
+    for token_ids, first_targets, counts in rank_blocks(corpus.documents, block_tokens, ranks):
+        stopped = stop_requested() and not ranks.even
         if stopped:
             break
-        total += float(model.loss_sum(token_ids, first_targets))
+        loss = float(model.loss_sum(token_ids, first_targets))
+        total += loss if counts else 0.0
     total, stops = ranks.sum_(torch.tensor([total, stopped], dtype=torch.float64)).tolist()
     if stops:
         return None

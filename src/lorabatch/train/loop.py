@@ -19,7 +19,7 @@ from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import steps_per_epoch, training_steps
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
 from lorabatch.errors import TrainingError
-from lorabatch.train.evaluate import EvalResult, LossModel, blocks_of, evaluate
+from lorabatch.train.evaluate import EvalResult, LossModel, evaluate, rank_blocks
 from lorabatch.train.ranks import ALONE, Ranks
 from lorabatch.train.schedule import learning_rate, warmup_steps
 from lorabatch.train.state import Learner, TrainState
@@ -117,7 +117,7 @@ def _update(
     state, adapters = learner.state, learner.adapters
     targets = sum(d.num_targets for d in documents)
     tokens = sum(d.num_tokens for d in documents)
-    mean_loss, norm = _gradient(model, learner, ranks.mine(documents), config, targets, ranks)
+    mean_loss, norm = _gradient(model, learner, documents, config, targets, ranks)
     if config.max_grad_norm and norm > config.max_grad_norm:
         adapters.grad.mul_(config.max_grad_norm / norm)
     for group in learner.optimizer.param_groups:
@@ -150,7 +150,7 @@ def _gradient(
 ) -> tuple[float, float]:
     """Fill ``adapters.grad`` with the step's mean gradient; returns the mean loss and the gradient's 2-norm, both finite.
 
-    documents: this rank's; targets: supervised tokens of the whole step, which every rank knows from the plan.
+    documents and targets (their supervised tokens): of all ranks; each knows the whole plan and does its share.
     """
     state, grad, scaler = learner.state, learner.adapters.grad, learner.scaler
     model.train()
@@ -160,8 +160,8 @@ def _gradient(
         scale = scaler.scale if scaler else 1.0
         learner.adapters.zero_grad()
         loss_sum = torch.zeros(())
-        for token_ids, first_targets in blocks_of(documents, config.block_tokens):
-            loss = model.loss_sum(token_ids, first_targets)
+        for token_ids, first_targets, counts in rank_blocks(documents, config.block_tokens, ranks):
+            loss = model.loss_sum(token_ids, first_targets) * float(counts)
             (loss * scale).backward()  # of the sum: dividing each token's share first would lose it in fp16
             loss_sum = loss_sum + loss.detach().cpu()
         if ranks.count > 1:

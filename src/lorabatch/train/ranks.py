@@ -66,14 +66,15 @@ class Ranks:
     """All processes of the run. Alone, every method does nothing at once; this class is also that case."""
 
     rank, count = 0, 1
+    even = False  # whether all ranks must make the same number of passes: a sharded base is gathered in each
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def mine(self, documents: Sequence[TokenDocument]) -> list[TokenDocument]:
-        """This rank's share, near-equal in tokens; the order is kept."""
-        return [documents[i] for i in deal([d.num_tokens for d in documents], self.count)[self.rank]]
+    def shares(self, documents: Sequence[TokenDocument]) -> list[list[TokenDocument]]:
+        """The documents of each rank, near-equal in tokens; the order is kept."""
+        return [[documents[i] for i in share] for share in deal([d.num_tokens for d in documents], self.count)]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace the tensor by its sum over all ranks."""
@@ -81,6 +82,10 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def gather(self, shard: Tensor) -> Tensor:
+        """[n, …] of every rank -> [count * n, …]."""
+        return shard
 
     def from_first(self, value: Any) -> Any:
         """The first rank's value on every rank."""
@@ -112,6 +117,7 @@ class _Group(Ranks):
             self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             self._gpu = None
             if torch.cuda.is_available():
+                torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
                 self._gpu = dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout_s))
 
     @contextmanager
@@ -126,10 +132,19 @@ class _Group(Ranks):
                 fix=f"look at the rank that ended first, then go on with --resume auto (ranks wait {self._timeout_s:g} s: --rank_timeout)",
             ) from None
 
+    def _between(self, tensor: Tensor) -> Any:
+        return self._control if tensor.device.type == "cpu" else self._gpu
+
     def sum_(self, tensor: Tensor) -> Tensor:
         with self._told("another rank is gone"):
-            self._dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else self._gpu)
+            self._dist.all_reduce(tensor, group=self._between(tensor))
         return tensor
+
+    def gather(self, shard: Tensor) -> Tensor:
+        whole = shard.new_empty(self.count * shard.shape[0], *shard.shape[1:])
+        with self._told("another rank is gone"):
+            self._dist.all_gather_into_tensor(whole, shard, group=self._between(shard))
+        return whole
 
     def any(self, flag: bool) -> bool:
         return bool(self.sum_(self._torch.tensor(int(flag))))

@@ -160,7 +160,9 @@ def _train(run: RunFolder, work: _Work) -> str:
             model_config = load.load_config(source.path)
             corpus, validation = _tokenise(config, model_config, tokenizer, work.train_documents, work.val_documents)
         with phases.measured("load_s"):
-            model = load.load_model(source, model_config, backend=config.backend, dtype=dtype, device=device)
+            model = load.load_model(
+                source, model_config, backend=config.backend, dtype=dtype, device=device, product=_product(config, ranks)
+            )
             settings = LoraSettings(config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.target_modules)
             learner = Learner(model.attach(settings, seed=config.seed), config, fp16=TYPE_NAMES[dtype] == "fp16")
         num_trainable = learner.adapters.num_params
@@ -175,6 +177,7 @@ def _train(run: RunFolder, work: _Work) -> str:
         size = {
             "trainable_params": num_trainable,
             "base_params": model.num_base_params,
+            "base_bytes": model.base_bytes,
             "trainable_share": num_trainable / (num_trainable + model.num_base_params),
         }
         run.save(
@@ -183,7 +186,7 @@ def _train(run: RunFolder, work: _Work) -> str:
             **machine,
         )
         print(
-            f"base {source.name} ({size['base_params'] / 1e6:.1f}M parameters, {machine['dtype']} on {device}, {threads} threads{f' x {ranks.count} ranks' if ranks.count > 1 else ''}); "
+            f"base {source.name} ({size['base_params'] / 1e6:.1f}M parameters in {size['base_bytes'] / 2**20:.1f} MiB, {machine['dtype']} on {device}, {threads} threads{f' x {ranks.count} ranks' if ranks.count > 1 else ''}); "
             f"trainable {size['trainable_params']:,} ({100 * size['trainable_share']:.2f} %)"
         )
         print(data_line(corpus, validation, config))
@@ -235,6 +238,25 @@ def _train(run: RunFolder, work: _Work) -> str:
     run.save(reason=state.reason, root_adapter=saver.root, best_step=state.best_step)
     print_summary(metrics, run.path, saver.root)
     return str(state.reason)
+
+
+def _product(config: TrainConfig, ranks: Any) -> Any:
+    """How the frozen layers are stored, if not as dense weights. UsageError for a combination that is not possible."""
+    asked = [name for name in ("load_in_4bit", "load_in_8bit", "shard_base") if getattr(config, name)]
+    if len(asked) > 1:
+        raise UsageError("only one of these at a time", where=" ".join(f"--{name}" for name in asked), fix="choose one")
+    if config.shard_base:
+        if ranks.count == 1:
+            raise UsageError("there is nobody to share with", where="--shard_base", fix="start several ranks with torchrun or srun")
+        from lorabatch.model.sharded import Sharded
+
+        ranks.even = True
+        return lambda weight, rows: Sharded(weight, ranks)
+    if asked:
+        from lorabatch.model.quantised import Int8, Nf4
+
+        return Nf4 if config.load_in_4bit else Int8
+    return None
 
 
 def _tokenise(
