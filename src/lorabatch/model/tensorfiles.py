@@ -8,16 +8,26 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lorabatch.records import writing
+
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write beside, flush to disk, rename. The file gets the user's umask (the library makes it 0600)."""
+    """Write beside, flush to disk, rename. The file gets the user's umask (the library makes it 0600). Raises UnavailableError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
     umask = os.umask(0)
     os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with writing(path):
+            try:
+                save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:  # its own class, also for what the system refuses
+                raise OSError(0, str(error)) from None
+            temporary.chmod(0o666 & ~umask)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 import time
@@ -105,15 +104,11 @@ def _run_in(folder: Path, config: TrainConfig, command: list[str], work: _Work) 
         return 0
     except BaseException as error:
         status = "interrupted" if isinstance(error, (InterruptedRun, KeyboardInterrupt)) else "failed"
-        with suppress(OSError):  # a full disk must not hide what filled it
+        with suppress(OSError, UnavailableError):  # a full disk must not hide what filled it
             if earlier is not None and isinstance(error, (UsageError, DataError)):
                 record.write_bytes(earlier)  # a refusal changes nothing
             else:
                 run.finish(status, error=str(error) if isinstance(error, LorabatchError) else repr(error))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UnavailableError(
-                f"no space left ({error.strerror})", where=folder, fix="free some space and run again with --resume auto"
-            ) from None
         raise
 
 
