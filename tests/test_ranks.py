@@ -24,6 +24,7 @@ from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import deal
 from lorabatch.errors import UnavailableError
 from lorabatch.model.lora import LoraSettings
+from lorabatch.train import checkpoint
 from lorabatch.train.loop import train_loop
 from lorabatch.train.ranks import ALONE, Place, Ranks, find_place, first_host
 from lorabatch.train.state import Learner
@@ -144,7 +145,7 @@ def test_two_ranks_equal_one(tiny_llama_dir, corpus, tmp_path):
 def test_two_ranks_stopped_and_killed_end_with_the_same_bits(tiny_llama_dir, corpus, tmp_path):
     whole = Group(2, flags(tiny_llama_dir, corpus, tmp_path / "whole"), tmp_path)
     assert whole.wait() == [0, 0], whole.text()
-    argv = flags(tiny_llama_dir, corpus, tmp_path / "run", "--resume", "auto")
+    argv = flags(tiny_llama_dir, corpus, tmp_path / "run", "--resume", "auto", "--save_every_steps", 1000)
     events = tmp_path / "run" / "events.jsonl"
 
     group = Group(2, argv, tmp_path)
@@ -159,6 +160,8 @@ def test_two_ranks_stopped_and_killed_end_with_the_same_bits(tiny_llama_dir, cor
     assert group.wait() == [70, -signal.SIGKILL], group.text()
     assert time.monotonic() - start_s < 60
     assert "rank 0 of 2: another rank is gone" in group.logs[0].read_text()
+    steps = [e["step"] for e in history(tmp_path / "run") if e["event"] == "step"]
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == steps[-1], "and nothing is lost"
 
     group = Group(2, argv, tmp_path)
     assert group.wait() == [0, 0], group.text()
@@ -169,12 +172,10 @@ def test_two_ranks_stopped_and_killed_end_with_the_same_bits(tiny_llama_dir, cor
 @pytest.mark.slow
 def test_a_sharded_base_equals_a_whole_one(tiny_llama_dir, corpus, tmp_path):
     """Ranks with unequal numbers of blocks, and a step that leaves one without documents: nobody waits for a gather that never comes."""
-    more = ["--lora_dropout", 0, "--batch_size", 11, "--block_tokens", 80, "--dtype", "fp32"]
-    groups = [
-        Group(2, flags(tiny_llama_dir, corpus, tmp_path / n, *more, *f), tmp_path) for n, f in (("whole", []), ("shared", ["--shard_base"]))
-    ]
-    for group in groups:
-        assert group.wait() == [0, 0], group.text()
+    more = ["--lora_dropout", 0, "--batch_size", 11, "--block_tokens", 80, "--epochs", 1]
+    assert main(flags(tiny_llama_dir, corpus, tmp_path / "whole", *more)) == 0
+    group = Group(2, flags(tiny_llama_dir, corpus, tmp_path / "shared", *more, "--shard_base"), tmp_path)
+    assert group.wait() == [0, 0], group.text()
     for a, b in zip(history(tmp_path / "whole"), history(tmp_path / "shared"), strict=True):
         assert (b.pop("event"), b) == (a.pop("event"), pytest.approx(a, rel=2e-5))
     sizes = [json.loads((tmp_path / n / "run.json").read_text())["model"]["base_bytes"] for n in ("whole", "shared")]

@@ -19,7 +19,7 @@ from lorabatch.measure.environment import environment, gpu_description
 from lorabatch.measure.statistics import perplexity
 from lorabatch.measure.system import SystemSampler
 from lorabatch.progress import Progress
-from lorabatch.records import RunFolder, read_json, write_json
+from lorabatch.records import RunFolder, read_json, replacing, write_json
 from lorabatch.signals import Deadline, StopSignals
 from lorabatch.train.figures import data_line, data_record, metrics_record, print_summary
 
@@ -106,7 +106,8 @@ def _run_in(folder: Path, config: TrainConfig, command: list[str], work: _Work) 
         status = "interrupted" if isinstance(error, (InterruptedRun, KeyboardInterrupt)) else "failed"
         with suppress(OSError, UnavailableError):  # a full disk must not hide what filled it
             if earlier is not None and isinstance(error, (UsageError, DataError)):
-                record.write_bytes(earlier)  # a refusal changes nothing
+                with replacing(record) as file:  # a refusal changes nothing
+                    file.write(earlier)
             else:
                 run.finish(status, error=str(error) if isinstance(error, LorabatchError) else repr(error))
         raise
@@ -147,9 +148,9 @@ def _train(run: RunFolder, work: _Work) -> str:
         found = ranks.from_first(checkpoint.find(config.resume, run.path) if config.resume and ranks.is_first else None)
         device = choose_device(no_cuda=config.no_cuda)
         threads = choose_threads(config.threads)
-        # A timing decided "auto"; a resumed run must not decide again.
-        earlier_type = found.state["identity"]["content"]["dtype"] if found and config.dtype == "auto" else config.dtype
-        dtype = choose_dtype(earlier_type, device)
+        # A timing decides "auto": once for all ranks, and a resumed run does not decide again.
+        asked = found.state["identity"]["content"]["dtype"] if found and config.dtype == "auto" else config.dtype
+        dtype = ranks.from_first(choose_dtype(asked, device))
         with phases.measured("tokenise_s"):
             tokenizer = load.load_tokenizer(source.path)
             model_config = load.load_config(source.path)
@@ -219,7 +220,8 @@ def _train(run: RunFolder, work: _Work) -> str:
                     stop_requested=lambda: bool(signals) or deadline.within(saver.needed_s()),
                     ranks=ranks,
                 )
-            except TrainingError:
+            except TrainingError:  # the adapter is that of the last finished step: another learning rate, or all ranks, can go on
+                saver.at_boundary(learner.state, True)
                 saver.save_adapter(best=False)
                 raise
             finally:
