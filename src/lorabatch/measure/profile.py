@@ -33,7 +33,7 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
         "backward": ("torch:Tensor.backward",),
         "optimiser": ("torch.optim:AdamW.step",),
         "evaluate": ("lorabatch.train.loop:evaluate",),
-        "save": ("lorabatch.train.run:_Keeper.save",),
+        "save": ("lorabatch.train.saver:Saver.save_adapter", "lorabatch.train.checkpoint:write"),
     },
     "infer": {
         "load": ("lorabatch.model.load:load_model",),
