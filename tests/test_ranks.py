@@ -60,6 +60,7 @@ def test_place_from_the_launcher():
     assert (place.rank, place.count, place.local_rank, place.host) == (3, 4, 1, "gpu11")
     assert 10000 <= place.port < 30000
     assert place.port != find_place(SLURM | {"SLURM_STEP_ID": "1"}).port != find_place(SLURM | {"SLURM_JOB_ID": "812346"}).port
+    assert find_place(SLURM | {"SLURM_STEP_NUM_NODES": "1"}).host == "127.0.0.1"
     batch_script = {k: v for k, v in SLURM.items() if "STEP" not in k} | {"SLURM_PROCID": "0"}
     assert find_place(batch_script) is None, "one process started without srun must not wait for others"
     with pytest.raises(UnavailableError, match="MASTER_ADDR is not"):

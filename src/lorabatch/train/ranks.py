@@ -48,11 +48,12 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
         rank, count, local, port = (int(environ[n]) for n in names)
         return Place(rank, count, local, environ["MASTER_ADDR"], port)
     if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        hosts = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+        one_node = environ.get("SLURM_STEP_NUM_NODES") == "1"  # whose own name need not resolve
+        host = "127.0.0.1" if one_node else first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
         # Other jobs on the node, and other steps of this job, listen elsewhere.
         port = 10000 + (7 * int(environ["SLURM_JOB_ID"]) + int(environ.get("SLURM_STEP_ID", "0"))) % 20000
         count, rank, local = (int(environ[f"SLURM_{n}"]) for n in ("STEP_NUM_TASKS", "PROCID", "LOCALID"))
-        return Place(rank, count, local, first_host(hosts), port)
+        return Place(rank, count, local, host, port)
     return None
 
 
