@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import LLAMA, VOCAB, save_model, tiny_model
+from helpers import LLAMA, VOCAB, save_model, tiny_model, variant_config
 
 from lorabatch.cli import main
+from lorabatch.infer.bench import ceiling_seconds
+from lorabatch.model.spec import spec_from_config
 from lorabatch.records import read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +126,14 @@ def test_input_order_and_a_longer_request_than_the_first_window(tiny_llama_dir, 
         assert metrics[f"p50_{name}"] <= metrics[f"p99_{name}"]
 
 
+def test_deterministic_says_what_it_costs(tiny_llama_dir, tiny_neox_dir, tmp_path, capsys):
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": f"bed {i}", "max_new_tokens": 2} for i in range(5)])
+    for model, name, words, at_once in ((tiny_llama_dir, "a", "always is", 5), (tiny_neox_dir, "b", "one request at a time", 1)):
+        assert main(flags(model, prompts, tmp_path / name, "--deterministic")) == 0
+        assert words in capsys.readouterr().out
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["max_running"] == at_once
+
+
 # What survives
 
 
@@ -132,6 +142,8 @@ import os, random, signal, sys, time
 import torch
 from transformers import AutoTokenizer
 from lorabatch.cli import main
+from lorabatch.infer.bench import ceiling_seconds
+from lorabatch.model.spec import spec_from_config
 import lorabatch.infer.session, lorabatch.infer.sink
 
 argv, path, count, kills = {argv!r}, {path!r}, {count}, {kills}
@@ -213,7 +225,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(tiny_llama_dir, tmp_
         ["unshare", "-rm", "bash", "-c", script, disk, kept, *argv], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 69, result.stderr
-    assert result.stderr.count("\n") == 1 and "completions.jsonl: cannot write it (No space left on device); make room" in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert "completions.jsonl: cannot write it (No space left on device); make room there" in last and "Traceback" not in result.stderr
     done = texts(kept)
     assert 20 < len(done) < 400
     shutil.rmtree(disk)
@@ -225,6 +238,8 @@ OUT_OF_MEMORY = """
 import resource, sys
 import lorabatch.infer.session, lorabatch.infer.sink
 from lorabatch.cli import main
+from lorabatch.infer.bench import ceiling_seconds
+from lorabatch.model.spec import spec_from_config
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + {spare}, used + {spare}))
 sys.exit(main({argv!r}))
@@ -259,3 +274,33 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tiny_llama_dir, tmp_pat
         assert metrics["completed"] == count
         peak[count] = metrics["peak_memory_bytes"]
     assert peak[100_000] - peak[2_000] < 98_000 * 400, peak
+
+
+# The batch sweep
+
+
+def test_bench_infer_holds_each_batch_size_against_the_ceiling(tiny_llama_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LORABATCH_CEILINGS", str(tmp_path))
+    output = tmp_path / "new" / "bench.json"
+    sizes = ["--batch_sizes", "1", "3", "--repeats", "2", "--input_tokens", "5", "--max_new_tokens", "4", "--dtype", "fp32"]
+    assert main(["bench", "infer", "--base_model", str(tiny_llama_dir), *sizes, "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    table = capsys.readouterr().out
+    assert [row["batch_size"] for row in record["batches"]] == [1, 3] and record["config"]["repeats"] == 2
+    for row in record["batches"]:
+        assert row["min_tokens_per_s"] <= row["tokens_per_s"] <= row["max_tokens_per_s"]
+        assert row["tokens_per_s"] == pytest.approx(row["batch_size"] * 4 / row["batch_latency_p50_ms"] * 1e3)
+        assert row["share_of_ceiling"] == pytest.approx(row["tokens_per_s"] / row["ceiling_tokens_per_s"])
+        assert f"{row['ceiling_tokens_per_s']:.0f}" in table
+    assert main(["bench", "infer", "--base_model", str(tiny_llama_dir), "--input_tokens", "200"]) == 64
+    assert main(["bench", "infer", "--batch_sizes", "0"]) == 64
+
+
+def test_ceiling_by_hand():
+    spec = spec_from_config(variant_config("llama"))
+    head, params, kv = 64 * VOCAB, spec.num_matmul_params, spec.kv_elements_per_token
+    prefill = 2 * 10 * ((params - head) * 5 + head)
+    seconds, bound = ceiling_seconds(spec, 10, 5, 3, (1.0, 1e12), 4)  # arithmetic is all that takes time
+    assert (bound, seconds) == ("compute", pytest.approx(prefill + 2 * 2 * 10 * params))
+    seconds, bound = ceiling_seconds(spec, 10, 5, 3, (1e15, 1.0), 4)  # memory is
+    assert (bound, seconds) == ("memory", pytest.approx(4 * params + 4 * (2 * params + 10 * (5 + 6) * kv)))

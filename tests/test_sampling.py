@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from lorabatch.infer.requests import Request, SamplingParams
-from lorabatch.infer.sampling import FIRST_WIDTH, draw, penalised, sample, uniform
+from lorabatch.infer.sampling import FIRST_WIDTH, choose, draw, penalised, sample, uniform
 
 GRID = 4000  # equally spaced draws of one row: what comes out is its distribution, to within 1 / GRID per token
 
@@ -125,3 +125,24 @@ def test_uniform_is_a_function_of_seed_step_and_sample():
     assert len(set(values)) == 3600 and 0 <= min(values) < 0.01 and 0.99 < max(values) < 1
     assert abs(sum(values) / 3600 - 0.5) < 0.02
     assert uniform(3, 4) == uniform(3, 4, 0) != uniform(4, 3)
+
+
+def test_plain_rows_take_the_runners_way_and_never_see_logits():
+    hidden = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+    seen = []
+
+    class Runner:
+        def greedy(self, rows):
+            seen.append(("greedy", len(rows)))
+            return [100 + int(torch.where((hidden == row).all(dim=1))[0]) for row in rows]
+
+        def logits(self, rows):
+            seen.append(("logits", len(rows)))
+            return rows @ hidden.T
+
+    plain = [request(i) for i in range(6)]
+    assert choose(Runner(), hidden, plain) == [100, 101, 102, 103, 104, 105] and seen == [("greedy", 6)]
+    mixed = [request(i, **({"temperature": 0.01, "seed": i} if i in (1, 4) else {})) for i in range(6)]
+    likeliest = (hidden @ hidden.T).argmax(dim=1).tolist()
+    assert choose(Runner(), hidden, mixed) == [100, likeliest[1], 102, 103, likeliest[4], 105]
+    assert seen[1:] == [("logits", 2), ("greedy", 4)]

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorabatch import __version__
 from lorabatch.config import (
+    BenchInferConfig,
     BenchMachineConfig,
     CompareConfig,
     DoctorConfig,
@@ -102,6 +103,12 @@ def _compare(config: CompareConfig, extras: dict[str, Any], command: list[str]) 
     return 0
 
 
+def _bench_infer(config: BenchInferConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.infer.bench import run_bench_infer
+
+    return run_bench_infer(config)
+
+
 Command = tuple[type[Settings], Callable[[Any, dict[str, Any], list[str]], int], dict[str, str]]
 COMMANDS: dict[str, Command] = {
     "train": (TrainConfig, _train, {}),
@@ -114,6 +121,7 @@ COMMANDS: dict[str, Command] = {
     "profile train": (ProfileTrainConfig, _profile_train, {}),
     "profile infer": (ProfileInferConfig, _profile_infer, {}),
     "bench machine": (BenchMachineConfig, _bench_machine, {}),
+    "bench infer": (BenchInferConfig, _bench_infer, {}),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}  # commands of two words
 

@@ -95,6 +95,7 @@ class InferConfig(Settings):
     max_new_tokens: int = setting(64, "tokens generated per request at most", minimum=1)
     iters: int = setting(1, "measured repetitions of the whole work; above 1 a warm-up comes first", minimum=1)
     ignore_eos: bool = setting(False, "always generate --max_new_tokens (benchmarks)")
+    deterministic: bool = setting(False, "a request's tokens never depend on its neighbours; always so on CPUs, elsewhere one at a time")
     output_order: str = setting("finished", "order of completions.jsonl", choices=("finished", "input"))
     output_format: str = setting("lorabatch", "openai: batch_output.jsonl is written too, at the end", choices=("lorabatch", "openai"))
 
@@ -108,7 +109,7 @@ class InferConfig(Settings):
     seed: int = setting(0, "seed of sampling; request i uses seed + i unless it brings its own", minimum=0)
     n: int = setting(1, "completions per prompt", minimum=1, maximum=1024)
     stop: tuple[str, ...] = setting((), "strings that end a completion (not part of the text)")
-    stop_token_ids: tuple[int, ...] = setting((), "token ids that end a completion (not part of the text)")
+    stop_token_ids: tuple[int, ...] = setting((), "token ids that end a completion (not part of the text)", minimum=0)
     logprobs: int | None = setting(None, "log-probability of each token, and of the N likeliest ones", minimum=0, maximum=20)
 
     max_len: int | None = setting(None, "longest prompt + completion in tokens (default: the model's limit)", minimum=2)
@@ -192,3 +193,19 @@ class CompareConfig(Settings):
     """Say whether B is faster than A: two run folders, or two files of lorabatch bench."""
 
     across_hosts: bool = setting(False, "compare measurements of different machines, labelled as such")
+
+
+@dataclass(frozen=True)
+class BenchInferConfig(Settings):
+    """Output tokens/s and batch latency over batch sizes, beside what the machine's measured rates would allow."""
+
+    base_model: str = setting("distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m")
+    batch_sizes: tuple[int, ...] = setting((1, 4, 16, 64, 256), "requests that run at once", minimum=1)
+    input_tokens: int = setting(32, "random tokens of each prompt", minimum=1)
+    max_new_tokens: int = setting(32, "tokens generated per request", minimum=2)
+    repeats: int = setting(5, "measured batches of each size, in alternating order, after a warm-up", minimum=1)
+    output: str = setting("results/bench-infer.json", "JSON file for the figures of the table")
+
+    dtype: str = setting("auto", "type of weights and KV cache", choices=DTYPES)
+    no_cuda: bool = setting(False, "stay on the CPU")
+    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)

@@ -88,7 +88,11 @@ class Settings:
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     rule = field.metadata
-    if value is None or isinstance(value, (bool, tuple)):
+    if isinstance(value, tuple):
+        for item in value:
+            _check(field, item)
+        return
+    if value is None or isinstance(value, bool):
         return
     where = f"--{field.name} {value}"
     if rule["choices"] and value not in rule["choices"]:
@@ -141,7 +145,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], an
         words.append("{" + ", ".join(field.metadata["choices"]) + "}")
     default: Any = field.default
     if default not in (None, (), False):
-        words.append(f"[{' '.join(default) if many else default}]")
+        words.append(f"[{' '.join(map(str, default)) if many else default}]")
     options: dict[str, Any] = {"help": " ".join(words).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": field.name}
     if kind is bool:
         options |= {"nargs": "?", "const": "true", "metavar": "true|false"}

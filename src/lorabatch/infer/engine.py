@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.infer.runner import Runner
-from lorabatch.infer.sampling import sample
+from lorabatch.infer.sampling import choose
 from lorabatch.infer.scheduler import Batch, Scheduler
 from lorabatch.model.attention import Segment
 
@@ -75,7 +75,7 @@ class Engine:
                 request.submitted_s, request.started_s = stats.begin_s, start
         else:
             segments = [Segment(r.slot, r.num_tokens - 1, r.output_ids[-1:]) for r in batch.requests]
-        token_ids = self._choose(self._runner.forward(segments), batch.requests)
+        token_ids = choose(self._runner, self._runner.forward(segments), batch.requests)
         seconds = time.perf_counter() - start
         if batch.is_prefill:
             stats.prefill_s += seconds
@@ -87,11 +87,6 @@ class Engine:
             stats.decode_tokens += len(segments)
             stats.decode_kv_tokens += sum(s.start for s in segments)
         return token_ids
-
-    def _choose(self, hidden: Any, requests: Sequence[Request]) -> list[int]:
-        if all(r.params.likeliest for r in requests):
-            return self._runner.greedy(hidden)
-        return sample(self._runner.logits(hidden), requests)
 
     def _advance(self, batch: Batch, token_ids: list[int], stats: PassStats) -> list[Request]:
         """Append each request's token; returns those that are done."""

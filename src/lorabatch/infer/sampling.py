@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorabatch.infer.requests import Request, SamplingParams, TokenLogprob
+from lorabatch.infer.runner import Runner
 
 _MASK = (1 << 64) - 1
 CPU_ROWS = 8  # rows taken at once: their passes over V stay in the caches, and the allocator reuses the memory
@@ -31,6 +32,21 @@ def uniform(seed: int, step: int, sample: int = 0) -> float:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return (state >> 11) / (1 << 53)
+
+
+def choose(runner: Runner, hidden: Tensor, requests: Sequence[Request]) -> list[int]:
+    """The next token of each row of ``hidden`` [n, H]. Rows that want nothing but the likeliest token never see logits.
+
+    They take the runner's way in any company: where two logits are equal it may prefer another token than ``sample``.
+    """
+    rest = [i for i, r in enumerate(requests) if not r.params.likeliest]
+    if not rest:
+        return runner.greedy(hidden)
+    plain = [i for i, r in enumerate(requests) if r.params.likeliest]
+    chosen = dict(zip(rest, sample(runner.logits(_rows(hidden, rest)), [requests[i] for i in rest]), strict=True))
+    if plain:
+        chosen |= zip(plain, runner.greedy(hidden[plain]), strict=True)
+    return [chosen[i] for i in range(len(requests))]
 
 
 def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:

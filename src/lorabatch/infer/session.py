@@ -21,6 +21,7 @@ from lorabatch.infer.requests import Request
 from lorabatch.infer.runner import NativeRunner, Runner
 from lorabatch.model.hf import HfModel
 from lorabatch.model.load import Model
+from lorabatch.model.native import NativeModel
 
 KV_SHARE = 0.7  # of the free memory; activations need the rest
 
@@ -33,7 +34,16 @@ class Session:
     ) -> None:
         self._model, self._tokenizer, self._eos_ids, self._config = model, tokenizer, eos_ids, config
         self.num_slots, self.capacity = max(1, min(config.batch_size, num_requests)), capacity
+        if config.deterministic:
+            self._make_deterministic()
         self._engine: Engine | None = None
+
+    def _make_deterministic(self) -> None:
+        if isinstance(self._model, NativeModel) and self._model.decoder.device.type == "cpu":
+            print("deterministic: on a CPU it always is, at no cost; a request's tokens are the same in any batch")
+        else:
+            print("deterministic: one request at a time, because sums depend on the batch here (as fast as --batch_size 1)")
+            self.num_slots = 1
 
     def warm_up(self, feed: Feed) -> None:
         """A short pass over the first requests that leaves no trace: packed weights, allocator and caches are warm afterwards."""
