@@ -49,7 +49,8 @@ GROUPS = (  # of operators, by what their names contain; the first that fits
     ("matrix products", ("mm", "linear", "conv", "AdaptedProduct", "FrozenProduct")),
     ("attention", ("attention", "flash", "softmax")),
     ("copies and type conversions", ("copy", "cat", "clone", "to_", "::to", "contiguous", "index", "gather", "fill", "zero")),
-    ("optimiser", ("adam", "norm_", "clip")),
+    ("optimiser", ("adam",)),
+    ("element-wise and norms", ("mul", "add", "sub", "div", "sum", "mean", "pow", "sqrt", "silu", "gelu", "sigmoid", "exp", "norm", "neg")),
 )
 ADVICE = {  # phase -> what to change if it costs much
     "evaluate": "evaluate less often (--eval_every_steps) or on fewer documents (--max_val_documents)",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lorabatch.config import ReportConfig
 from lorabatch.errors import UnavailableError
@@ -53,7 +54,13 @@ def html_page(page: Document) -> str:
     def drawing(plot: Plot) -> Markup:
         return Markup(themed(plot, page=True))
 
+    environment.filters["flags"] = with_flags
     return environment.get_template("report.html.j2").render(page=page, kind=lambda block: type(block).__name__, drawing=drawing) + "\n"
+
+
+def with_flags(text: str) -> Markup:
+    """Escaped text whose command-line flags are code, which also keeps a line from breaking inside them."""
+    return Markup(re.sub(r"--[a-z][\w-]*(=\w+)?", r'<code class="flag">\g<0></code>', str(escape(text))))
 
 
 def write_text(path: Path, text: str) -> None:

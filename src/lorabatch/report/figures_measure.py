@@ -30,7 +30,11 @@ def roofline_plots(words: Words, runs: Sequence[Run]) -> list[Plot]:
     """One plot for the runs of one machine; none where machines differ or a ceiling is missing."""
     places = [(run, place) for run in runs if (place := position(run)) is not None]
     bandwidths = [value for run in runs if (value := run.metric("measured_bytes_per_s"))]
-    peaks = {str(run.record.get("dtype")): value for run in runs if (value := run.metric("measured_flops_per_s"))}
+    peaks: dict[str, float] = {}
+    for run in runs:
+        name = str(run.record.get("dtype"))
+        peaks[name] = max(peaks.get(name, 0.0), run.metric("measured_flops_per_s") or 0.0)
+    peaks = {name: peak for name, peak in peaks.items() if peak}
     if not places or not bandwidths or not peaks or len({str(run.environment.get("host")) for run in runs}) > 1:
         return []
     bandwidth = max(bandwidths)
@@ -48,6 +52,8 @@ def roofline_plots(words: Words, runs: Sequence[Run]) -> list[Plot]:
             panel.plot([x], [y / 1e9], marker, markersize=8, color=COLOURS[i % len(COLOURS)], label=run.label)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(lambda value, _: words.number(value, 0 if value >= 1 else 3))
         panel.set_xlabel(words("axis_intensity"))
         panel.set_ylabel(words("axis_gflops"))
         return [plot(words, figure, panel, "roofline", len(places))]
@@ -62,7 +68,7 @@ def sweep_plots(words: Words, bench: Bench, number: int) -> list[Plot]:
         levels, medians = [level for level, _ in points], [estimate["median"] for _, estimate in points]
         for level, estimate in points:
             if estimate["low"] is not None:
-                panel.plot([level, level], [estimate["low"], estimate["high"]], color=COLOURS[0], linewidth=3, alpha=0.4)
+                panel.plot([level, level], [estimate["low"], estimate["high"]], "_-", color=COLOURS[0], markersize=12)
         panel.plot(levels, medians, "o", color=COLOURS[0], label=bench.label)
         panel.plot(levels, [medians[0] * level / levels[0] for level in levels], ":", color=INK, linewidth=1, label=words("axis_ideal"))
         if bench.record.get("knee") is not None:

@@ -194,12 +194,13 @@ def _efficiency(words: Words, trained: Sequence[TrainRun], inferred: Sequence[In
 def _sweeps(words: Words, benches: Sequence[Bench]) -> list[Section]:
     if not benches:
         return []
-    blocks: list[Block] = []
+    blocks: list[Block] = [Paragraph(words("sweep_note"))]
     for number, bench in enumerate(benches):
         environment = bench.record.get("environment") or {}
         machine = f"{environment.get('host')}, {(bench.record.get('gpu') or {}).get('name') or environment.get('cpu')}"
         plots = figures_measure.sweep_plots(words, bench, number)
-        blocks += [Paragraph(f"{bench.label}: {words('sweep_note', machine=machine)}"), *plots, tables.sweep(words, bench)]
+        where = words("sweep_where", run=bench.label, kind=bench.record["kind"], machine=machine)
+        blocks += [Paragraph(where), *plots, tables.sweep(words, bench)]
     return [Section("sweeps", words("sweeps"), blocks)]
 
 

@@ -200,9 +200,15 @@ def inference(words: Words, runs: Sequence[InferRun]) -> Table:
 
 
 def latency(words: Words, runs: Sequence[InferRun]) -> Table:
-    names = [(f"{words(name)} p{p}", f"p{p}_{name}") for name in LATENCIES for p in PERCENTILES]
-    names += [(f"{words('batch_latency')} p{p}", f"batch_latency_p{p}_ms") for p in (50, 95)]
-    return run_table(words, runs, [(label, metric(words, name, "ms")) for label, name in names])
+    """One row a latency and run, one column a percentile."""
+
+    def row(run: InferRun, name: str, metric: str) -> list[Cell]:
+        head = f"{name}, {run.label}" if len(runs) > 1 else name
+        return [head, *(words.quantity(run.metric(metric.format(p=p)), "ms") for p in PERCENTILES)]
+
+    rows = [row(run, words(name), f"p{{p}}_{name}") for name in LATENCIES for run in runs]
+    rows += [row(run, words("batch_latency"), "batch_latency_p{p}_ms") for run in runs]
+    return Table([words("latency"), *(f"p{p}" for p in PERCENTILES)], rows)
 
 
 def efficiency(words: Words, runs: Sequence[Run], *, grid_g_per_kwh: float) -> Table:

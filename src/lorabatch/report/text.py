@@ -167,7 +167,7 @@ TEXT: dict[str, tuple[str, str]] = MEASURE | {
     "tpot_ms": ("Time per output token (TPOT)", "Tempo por token de saída (TPOT)"),
     "itl_ms": ("Gap between tokens (ITL)", "Intervalo entre tokens (ITL)"),
     "e2el_ms": ("Time per request (E2EL)", "Tempo por requisição (E2EL)"),
-    "batch_latency": ("Time per batch, over repetitions,", "Tempo por lote, entre repetições,"),
+    "batch_latency": ("Time per batch, over repetitions", "Tempo por lote, entre repetições"),
     # examples
     "examples": ("Completions before and after", "Exemplos antes/depois"),
     "examples_single": ("Completions", "Exemplos de respostas"),

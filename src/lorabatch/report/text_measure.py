@@ -73,11 +73,12 @@ MEASURE: dict[str, tuple[str, str]] = {
     "sweeps": ("Sweeps", "Varreduras"),
     "sweep_note": (
         "Medians of alternating repetitions; the bars hold the median of any distribution with at least 95% (order statistics). “–”: fewer "
-        "than six repetitions. Measured on {machine}.",
+        "than six repetitions.",
         "Medianas de repetições alternadas; as barras contêm a mediana de qualquer distribuição com pelo menos 95% (estatísticas de ordem). "
-        "“–”: menos de seis repetições. Medido em {machine}.",
+        "“–”: menos de seis repetições.",
     ),
-    "level_batch_size": ("Requests (or documents) at once", "Requisições (ou documentos) simultâneas"),
+    "sweep_where": ("{run} ({kind}), measured on {machine}:", "{run} ({kind}), medido em {machine}:"),
+    "level_batch_size": ("Batch size", "Tamanho do lote"),
     "level_threads": ("Threads", "Threads"),
     "sweep_rate": ("Median throughput", "Vazão mediana"),
     "sweep_interval": ("Interval of the median", "Intervalo da mediana"),
@@ -99,7 +100,6 @@ MEASURE: dict[str, tuple[str, str]] = {
     ),
     "axis_intensity": ("arithmetic intensity (flop/byte)", "intensidade aritmética (flop/byte)"),
     "axis_gflops": ("Gflop/s", "Gflop/s"),
-    "roof": ("measured ceiling", "teto medido"),
     # energy and system
     "co2e": ("CO2e of the GPU's energy", "CO2e da energia da GPU"),
     "co2e_note": (
