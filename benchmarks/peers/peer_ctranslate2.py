@@ -25,7 +25,8 @@ def load(options):
         results = generator.generate_batch(
             [[tokens[i] for i in ids] for ids in prompts],
             max_length=max_new_tokens,
-            min_length=max_new_tokens,  # never ended early
+            end_token=[],  # nothing ends a completion; min_length would forbid the token instead
+            min_length=max_new_tokens,
             sampling_topk=1,
             include_prompt_in_result=False,
         )
