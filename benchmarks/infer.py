@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from tables import agreement
 
 from lorabatch import hub
 from lorabatch.measure.environment import environment
-from lorabatch.records import write_json
+from lorabatch.model.load import load_tokenizer
+from lorabatch.records import utc_now, write_json
 
 HERE = Path(__file__).parent
 ENGINES = ("lorabatch", "openvino", "transformers", "vllm", "ctranslate2", "llamacpp")
@@ -50,7 +53,7 @@ class Peer:
     """One engine's process, stopped unless it is its turn."""
 
     def __init__(self, name: str, model: Path, mode: str, threads: int) -> None:
-        self.name, self.seconds, self.outputs = name, [], []
+        self.name, self.outputs = name, []
         python = Path(sys.executable) if name == "lorabatch" else PEERS_HOME / name / "bin/python"
         if not python.exists():
             raise Missing(f"not installed (bash benchmarks/peers/install.sh {name})")
@@ -118,61 +121,58 @@ def prompt_texts(workload: str, count: int) -> list[str]:
     return texts[:count]
 
 
-def sitting(options: argparse.Namespace, model: Path, mode: str, workload: str, batch_size: int) -> dict[str, Any]:
-    """All engines, alternating, on one batch; what benchmarks/tables.py reads."""
-    from lorabatch.model.load import load_tokenizer
-
-    prompts = load_tokenizer(model)(prompt_texts(workload, batch_size))["input_ids"]
-    record: dict[str, Any] = {"mode": mode, "workload": workload, "batch_size": batch_size, "max_new_tokens": options.max_new_tokens}
-    record |= {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "input_tokens": sum(map(len, prompts)), "engines": {}}
-    peers: list[Peer] = []
-
-    def attempt(name: str, action: Any) -> Any:
-        try:
-            return action()
-        except (Missing, BrokenPipeError) as error:
-            record["engines"][name] = {"missing": str(error)}
-            print(f"{name:>14}  missing: {error}")
-
-    try:
-        for name in options.engines:
-            peer = attempt(name, lambda name=name: Peer(name, model, mode, options.threads))
-            if peer and attempt(name, lambda peer=peer: peer.round(prompts, WARM_UP_TOKENS)):
-                peers.append(peer)
-            elif peer:
+def alternate(peers: list[Peer], prompts: list[list[int]], max_new_tokens: int, rounds: int) -> dict[str, Any]:
+    """A warm-up each, then rounds A B C A B C. Results by engine; one that fails is closed and leaves ``peers``."""
+    results: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    for tokens in [WARM_UP_TOKENS] + [max_new_tokens] * rounds:
+        for peer in list(peers):
+            try:
+                seconds[peer.name].append(peer.round(prompts, tokens))
+            except (Missing, BrokenPipeError) as error:
+                results[peer.name] = {"missing": str(error)}
+                print(f"{peer.name:>14}  {error}")
+                peers.remove(peer)
                 peer.close()
-        for _ in range(options.rounds):
-            for peer in list(peers):
-                seconds = attempt(peer.name, lambda peer=peer: peer.round(prompts, options.max_new_tokens))
-                if seconds:
-                    peer.seconds.append(seconds)
-                else:
-                    peers.remove(peer)
-                    peer.close()
-        for peer in peers:
-            record["engines"][peer.name] = _result(peer)
-    finally:
-        for peer in peers:
-            peer.close()
-    return record
+    return results | {peer.name: _result(peer, seconds[peer.name][1:]) for peer in peers}
 
 
-def _result(peer: Peer) -> dict[str, Any]:
+def start(engines: Iterable[str], model: Path, mode: str, threads: int) -> tuple[list[Peer], dict[str, Any]]:
+    """(the engines that started, why the others did not)."""
+    peers, missing = [], {}
+    for name in engines:
+        try:
+            peers.append(Peer(name, model, mode, threads))
+            print(f"{name:>14}  {peers[-1].facts}")
+        except Missing as error:
+            missing[name] = {"missing": str(error)}
+            print(f"{name:>14}  missing: {error}")
+    return peers, missing
+
+
+def append(output: Path, record: dict[str, Any]) -> None:
+    results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"kind": "infer", "sittings": []}
+    results["sittings"].append(record)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, results)
+
+
+def _result(peer: Peer, seconds: list[float]) -> dict[str, Any]:
     tokens = sum(map(len, peer.outputs))
     beginnings = [" ".join(map(str, ids[:COMPARED_TOKENS])) for ids in peer.outputs[:COMPARED_REQUESTS]]
     return {
         **peer.facts,
         "output_tokens": tokens,
-        "seconds": peer.seconds,
-        "tokens_per_s": [tokens / s for s in peer.seconds],
+        "seconds": seconds,
+        "tokens_per_s": [tokens / s for s in seconds],
         "peak_rss_bytes": peer.peak_rss_bytes(),
         "first_tokens": beginnings,
     }
 
 
-def show(record: dict[str, Any]) -> None:
-    done = {name: e for name, e in record["engines"].items() if "seconds" in e}
-    if not done or not all(e["seconds"] for e in done.values()):
+def show(engines: dict[str, Any]) -> None:
+    done = {name: e for name, e in engines.items() if "seconds" in e}
+    if not done:
         return
     first = next(iter(done))
     middle = {name: statistics.median(e["tokens_per_s"]) for name, e in done.items()}
@@ -201,18 +201,27 @@ def main() -> None:
     cpu = re.sub(r"[^a-z0-9]+", "-", f"{where['cpu']}".lower()).strip("-")
     output = options.output or HERE / "results" / f"infer-{cpu}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
     model = hub.find_model(options.base_model).path
+    facts = {"base_model": options.base_model, "threads": options.threads, "max_new_tokens": options.max_new_tokens, "environment": where}
     for mode in options.modes:
-        for workload in options.workloads:
-            for batch_size in options.batch_sizes:
-                print(f"{mode}, {workload} prompts, batch {batch_size}")
-                record = sitting(options, model, mode, workload, batch_size)
-                show(record)
-                if options.rounds:
-                    results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"kind": "infer", "sittings": []}
-                    record |= {"base_model": options.base_model, "threads": options.threads, "environment": where}
-                    results["sittings"].append(record)
-                    output.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(output, results)
+        peers, missing = start(options.engines, model, mode, options.threads)
+        try:
+            for workload, batch_size in product(options.workloads, options.batch_sizes if options.rounds else ()):
+                prompts = load_tokenizer(model)(prompt_texts(workload, batch_size))["input_ids"]
+                input_tokens = sum(map(len, prompts))
+                print(f"{mode}, {workload} prompts, batch {batch_size}, {input_tokens} prompt tokens")
+                record = {
+                    "at": utc_now(),
+                    "mode": mode,
+                    "workload": workload,
+                    "batch_size": batch_size,
+                    "input_tokens": input_tokens,
+                } | facts
+                record["engines"] = missing | alternate(peers, prompts, options.max_new_tokens, options.rounds)
+                show(record["engines"])
+                append(output, record)
+        finally:
+            for peer in peers:
+                peer.close()
 
 
 if __name__ == "__main__":

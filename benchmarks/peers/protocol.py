@@ -8,8 +8,10 @@ ids that come back and holds the clock.
 """
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
+PR_SET_PDEATHSIG = 1  # of prctl(2), Linux
 NO_SUCH_MODE = 3  # exit status: this engine has no such mode
 
 
@@ -28,6 +31,7 @@ def serve(load: Callable[[argparse.Namespace], tuple[Generate, str]], *packages:
     parser.add_argument("--cache", type=Path, required=True, help="where converted models are kept")
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped engine must not outlive a runner that is killed
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not get between the answers
     start = time.perf_counter()
