@@ -115,7 +115,7 @@ class Program:
         self._wide = self._buffer(max_tokens, max(qkv, gate))
         self._narrow = self._buffer(max_tokens, width)
         self._bytes = self._buffer(max_tokens, width, dtype=torch.uint8)
-        self._scales = self._buffer(max_tokens, dtype=torch.float32)
+        self._scales = self._buffer(max_tokens, 16, dtype=torch.float32)  # RowScale of step.cpp
         self._logits: Tensor | None = None
         self._ops: list[_Op] = []
         self._record(decoder, cache)
