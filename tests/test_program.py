@@ -5,36 +5,43 @@ import sys
 
 import pytest
 import torch
-from helpers import NATIVE_VARIANTS, native, packed_logits, random_ids, tiny_model
+from helpers import NATIVE_VARIANTS, native, packed_logits, random_ids, randomise_b, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabatch import kernels
-from lorabatch.infer.program import PAGE, Program, group_size, pack, unsupported
+from lorabatch.infer.packed import PANEL, pack
+from lorabatch.infer.program import PAGE, Program, group_size, unsupported
+from lorabatch.model.lora import LoraSettings
 
 pytestmark = pytest.mark.skipif(kernels.library("step") is None, reason="no CPU kernels on this machine (compiler or AVX-512 missing)")
 SLOTS, CAPACITY = 4, 2 * PAGE
 LENGTHS = (70, 9, 1, 33)
 
 
-def record(model, *, quantize="none", max_tokens=256):
+def record(model, *, quantize="none", max_tokens=256, adapters=()):
     spec = model.spec
     # ones, not zeros: a program must never read what it has not written
     cache = torch.ones(spec.num_layers, 2, SLOTS, spec.num_kv_heads, CAPACITY, spec.head_dim, dtype=model.decoder.dtype)
-    return Program(model.decoder, cache=cache, max_tokens=max_tokens, max_outputs=max_tokens, quantize=quantize)
+    return Program(model.decoder, cache=cache, max_tokens=max_tokens, quantize=quantize, adapters=adapters)
 
 
-def feed(program, pieces):
-    """Run pieces (slot, start, token ids) as one flat batch; logits [tokens, V]."""
-    ids, positions, slots, groups = [], [], [], [0]
-    for slot, start, tokens in pieces:
+def forward(program, pieces):
+    """Run pieces (slot, start, token ids, adapter) as one flat batch; hidden states [tokens, H]."""
+    ids, positions, slots, groups, adapters = [], [], [], [0], []
+    for slot, start, tokens, *adapter in pieces:
         size = group_size(program.spec)
         groups += [len(ids) + min(i + size, len(tokens)) for i in range(0, len(tokens), size)]
         ids += tokens
         positions += range(start, start + len(tokens))
         slots += [slot] * len(tokens)
-    program.run(ids, positions, slots, groups)
-    return program.logits(range(len(ids))).clone()
+        adapters += (adapter or [-1]) * len(tokens)
+    return program.run(ids, positions, slots, groups, adapters)
+
+
+def feed(program, pieces):
+    """Logits [tokens, V] of ``forward``."""
+    return program.logits(forward(program, pieces)).clone()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,16 +102,53 @@ def test_greedy_is_the_first_of_the_largest_logits():
     model = native(tiny_model("llama"))
     model.decoder.head.product.weight[7] = model.decoder.head.product.weight[200]  # a tie: 7 must win over 200
     program = record(model)
-    logits = feed(program, [(0, 0, random_ids([120])[0].tolist())])
+    hidden = forward(program, [(0, 0, random_ids([120])[0].tolist())])
+    logits = program.logits(hidden)
     assert torch.equal(logits[:, 7], logits[:, 200])
-    assert program.greedy(range(120)) == logits.argmax(dim=-1).tolist()
+    assert program.greedy(hidden) == logits.argmax(dim=-1).tolist()
+
+
+def random_adapter(model, *, r, targets, seed):
+    adapters = model.attach(LoraSettings(r=r, alpha=2.0 * r, target_modules=targets), seed=seed)
+    randomise_b(adapters, seed=seed)
+    for layer in model.decoder.linears():
+        layer.adapters.clear()
+    return adapters.weights()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_row_has_its_own_adapter(name, dtype):
+    """Adapters of other ranks and layers, in one batch, against each merged into the weights; alone it is the same to the bit."""
+    reference = tiny_model(name)
+    model = native(reference, dtype=dtype)
+    last = "down_proj" if name == "llama" else "mlp.c_proj"
+    bank = [
+        random_adapter(model, r=4, targets=("all-linear",), seed=1),
+        random_adapter(model, r=7, targets=("attn",), seed=2),
+        random_adapter(model, r=50, targets=(last,), seed=3),
+    ]
+    program = record(model, adapters=bank)
+    documents, chosen = [ids.tolist() for ids in random_ids(LENGTHS)], (2, 0, -1, 1)
+    pieces = [(slot, 0, ids, adapter) for slot, (ids, adapter) in enumerate(zip(documents, chosen, strict=True))]
+    together = feed(program, pieces).split(LENGTHS)
+    for piece, got in zip(pieces, together, strict=True):
+        assert torch.equal(got, feed(program, [piece]))
+        merged = native(reference, dtype=dtype, merge=bank[piece[3]].delta if piece[3] >= 0 else None)
+        expected = feed(record(merged), [piece[:3]])
+        if dtype == torch.float32:
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+        else:
+            assert (got - expected).norm() < 0.03 * expected.norm()
+        if piece[3] >= 0:  # the adapter matters
+            assert (got - feed(program, [piece[:3]])).norm() > 0.05 * got.norm()
 
 
 def test_quantised_weights_round_to_the_nearest_of_255_steps_per_row():
     weight = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
     packed = pack(weight, quantize="int8")
-    values = packed.panels.view(-1, 16, 48, 4).permute(0, 2, 1, 3).reshape(-1, 64)[:100]  # panels back to rows
+    values = packed.panels.view(-1, 16, PANEL, 4).permute(0, 2, 1, 3).reshape(-1, 64)[:100]  # panels back to rows
     scales = packed.scales[:100, None]
     assert ((values * scales - weight).abs() <= scales / 2 + 1e-6).all()
     assert torch.equal(packed.sums[:100], 128 * values.sum(dim=1, dtype=torch.int32))

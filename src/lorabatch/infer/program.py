@@ -11,27 +11,28 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lorabatch.infer.packed import low_rank_bank, pack
 from lorabatch.kernels import library
 from lorabatch.model.decoder import Decoder, Layer, Norm
 from lorabatch.model.linear import FrozenLinear
+from lorabatch.model.lora import LoraWeights
 from lorabatch.model.spec import ModelSpec
 
-EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE = range(7)
+EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE, LOW_RANK = range(8)
 OVERWRITE, ADD_TO_RESIDUAL, LOGITS, GREEDY = range(4)
-PANEL, PAGE, MAX_QUERIES = 48, 64, 6
+PAGE, MAX_QUERIES, TILE_ROWS = 64, 6, 8
 HAS_BF16, HAS_INT8 = 1, 2
 
 
 class _Op(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("kind", "mode", "weight", "n", "k")),
-        *((name, ctypes.c_void_p) for name in ("a", "b", "c", "d", "e", "out", "scales", "next")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "c", "d", "e", "out", "scales", "plain")),
         ("value", ctypes.c_double),
     )
 
@@ -39,7 +40,9 @@ class _Op(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("bf16", "tokens", "outputs", "groups")),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "output_rows", "group_starts")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "group_starts")),
+        ("strips", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("strip_starts", "strip_lengths", "strip_adapters")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "capacity", "threads", "scratch_floats")),
         *((name, ctypes.c_void_p) for name in ("scratch", "greedy", "greedy_value", "greedy_id", "seconds")),
     )
@@ -63,46 +66,22 @@ def unsupported(spec: ModelSpec, dtype: torch.dtype, *, quantize: str = "none") 
     return None
 
 
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight [O, I] in the kernels' panels. int8: also one scale per row, and 128 times the sum of each row's values."""
-
-    panels: Tensor
-    scales: Tensor | None
-    sums: Tensor | None
-
-
-def pack(weight: Tensor, *, quantize: str) -> PackedWeight:
-    """int8: symmetric per output row, the largest magnitude becomes 127."""
-    rows = -(-weight.shape[0] // PANEL) * PANEL
-    if quantize == "none":
-        return PackedWeight(_panels(weight, rows), None, None)
-    wide = weight.float()
-    scales = wide.abs().amax(dim=1) / 127
-    values = (wide / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8)
-    padded = torch.zeros(2, rows)
-    padded[0, : len(scales)], padded[1, : len(scales)] = scales, 128 * values.sum(dim=1, dtype=torch.float32)
-    return PackedWeight(_panels(values, rows), padded[0].contiguous(), padded[1].to(torch.int32))
-
-
-def _panels(values: Tensor, rows: int) -> Tensor:
-    values = values.contiguous()
-    out = torch.empty(rows, values.shape[1], dtype=values.dtype)
-    kernels = library("step")
-    assert kernels is not None  # ``unsupported`` was asked first
-    count = [ctypes.c_int64(x) for x in (*values.shape, values.element_size())]
-    kernels.lb_pack(ctypes.c_void_p(values.data_ptr()), *count, ctypes.c_void_p(out.data_ptr()))
-    return out
-
-
 class Program:
     """The recorded step of one decoder over one KV cache. ``run`` is not reentrant: it owns its buffers."""
 
-    def __init__(self, decoder: Decoder, *, cache: Tensor, max_tokens: int, max_outputs: int, quantize: str = "none") -> None:
-        """cache: [layers, 2, S, K, C, D], only its memory is used; max_tokens, max_outputs: the largest step."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        cache: Tensor,
+        max_tokens: int,
+        quantize: str = "none",
+        adapters: Sequence[LoraWeights] = (),
+    ) -> None:
+        """cache: [layers, 2, S, K, C, D], only its memory is used; max_tokens: of the largest step; adapters: stay apart, chosen by row."""
         self.spec, self.dtype, self.quantize = decoder.spec, decoder.dtype, quantize
         spec = self.spec
-        self.capacity, self.max_tokens, self.max_outputs = cache.shape[4], max_tokens, max_outputs
+        self.capacity, self.max_tokens, self._adapters = cache.shape[4], max_tokens, tuple(adapters)
         self._keep: list[Any] = [cache]  # what the recorded pointers point to
         kernels = library("step")
         assert kernels is not None
@@ -116,52 +95,70 @@ class Program:
         self._narrow = self._buffer(max_tokens, width)
         self._bytes = self._buffer(max_tokens, width, dtype=torch.uint8)
         self._scales = self._buffer(max_tokens, 16, dtype=torch.float32)  # RowScale of step.cpp
-        self._logits: Tensor | None = None
+        self._logits = torch.empty(0, spec.vocab_size)
         self._ops: list[_Op] = []
+        self._max_rank = 0
         self._record(decoder, cache)
         self._body = (_Op * len(self._ops))(*self._ops)
-        self._head = {mode: self._head_ops(decoder, mode) for mode in (LOGITS, GREEDY)}
+        self._head = (_Op * 2)(self._norm(decoder.norm), self._product(decoder.head, LOGITS, out=None))
+        self._head[0].mode = 1
         self._step = _Step(bf16=int(self.dtype == torch.bfloat16), heads=spec.num_heads, kv_heads=spec.num_kv_heads)
         self._step.head_dim, self._step.capacity = spec.head_dim, self.capacity
         self._set_threads()
 
-    def run(self, token_ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], group_starts: Sequence[int]) -> None:
-        """All layers for a flat batch. Rows that are neighbours in one slot may form a group (``group_starts``, with the end)."""
-        if self._step.threads != torch.get_num_threads():
-            self._set_threads()
-        self._inputs = [torch.tensor(x, dtype=torch.int32) for x in (token_ids, positions, slots, group_starts)]
-        ids, places, where, groups = (t.data_ptr() for t in self._inputs)
-        self._step.tokens, self._step.groups = len(token_ids), len(group_starts) - 1
-        self._step.token_ids, self._step.positions, self._step.slots, self._step.group_starts = ids, places, where, groups
+    def run(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        slots: Sequence[int],
+        group_starts: Sequence[int],
+        adapters: Sequence[int] | None = None,
+    ) -> Tensor:
+        """All layers for a flat batch of up to ``max_tokens`` rows; the residual stream [T, H] in fp32, overwritten by the next call.
+
+        Rows that are neighbours in one slot may form a group (``group_starts``, with the end). adapters: of each row, -1 for none.
+        """
+        assert len(token_ids) <= self.max_tokens
+        strips = _strips(adapters) if adapters and self._adapters else ([], [], [])
+        inputs = [torch.tensor(x, dtype=torch.int32) for x in (token_ids, positions, slots, group_starts, *strips)]
+        step = self._step
+        step.token_ids, step.positions, step.slots, step.group_starts, *rest = (t.data_ptr() for t in inputs)
+        step.strip_starts, step.strip_lengths, step.strip_adapters = rest
+        step.tokens, step.groups, step.strips = len(token_ids), len(group_starts) - 1, len(strips[0])
         self._call(self._body)
+        return self._residual[: len(token_ids)]
 
-    def logits(self, rows: Sequence[int]) -> Tensor:
-        """fp32 [len(rows), V] after the given rows of the last ``run``. The tensor is overwritten by the next call."""
-        if self._logits is None:
-            self._logits = torch.empty(self.max_outputs, self.spec.vocab_size)
-            self._head[LOGITS][-1].out = self._logits.data_ptr()
-        self._finish(rows, LOGITS)
-        return self._logits[: len(rows)]
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows of what ``run`` returned [n, H] -> fp32 [n, V], overwritten by the next call."""
+        if len(self._logits) < len(hidden):
+            self._logits = torch.empty(len(hidden), self.spec.vocab_size)
+        self._finish(hidden, LOGITS, self._logits)
+        return self._logits[: len(hidden)]
 
-    def greedy(self, rows: Sequence[int]) -> list[int]:
-        """The likeliest token after each of the given rows; of equals the first."""
-        self._finish(rows, GREEDY)
-        return self._greedy[: len(rows)].tolist()
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """The likeliest token after each row [n, H]; of equals the first."""
+        self._finish(hidden, GREEDY, None)
+        return self._greedy[: len(hidden)].tolist()
 
-    def _finish(self, rows: Sequence[int], mode: int) -> None:
-        self._rows = torch.tensor(rows, dtype=torch.int32)
-        self._step.outputs, self._step.output_rows = len(rows), self._rows.data_ptr()
-        self._call(self._head[mode])
+    def _finish(self, hidden: Tensor, mode: int, out: Tensor | None) -> None:
+        hidden = hidden.contiguous()
+        norm, product = self._head
+        norm.a, product.mode, product.out = hidden.data_ptr(), mode, None if out is None else out.data_ptr()
+        self._step.outputs = len(hidden)
+        self._call(self._head)
 
     def _call(self, ops: Any) -> None:
+        if self._step.threads != torch.get_num_threads():
+            self._set_threads()
         self._run(ctypes.addressof(ops), len(ops), ctypes.addressof(self._step))
 
     def _set_threads(self) -> None:
         threads, spec = torch.get_num_threads(), self.spec
-        floats = max(MAX_QUERIES * self.capacity, spec.intermediate_size, spec.hidden_size, spec.num_heads * spec.head_dim) + 64
+        wide = max(spec.intermediate_size, spec.hidden_size, spec.num_heads * spec.head_dim)
+        floats = max(MAX_QUERIES * self.capacity, wide, TILE_ROWS * self._max_rank) + 64  # + 64: threads share no cache line
         self._scratch = torch.zeros(threads, floats)
-        self._greedy = torch.zeros(self.max_outputs, dtype=torch.int32)
-        self._best = torch.zeros(2, threads, self.max_outputs)
+        self._greedy = torch.zeros(self.max_tokens, dtype=torch.int32)
+        self._best = torch.zeros(2, threads, self.max_tokens)
         step = self._step
         step.threads, step.scratch_floats, step.scratch = threads, floats, self._scratch.data_ptr()
         step.greedy, step.greedy_value, step.greedy_id = self._greedy.data_ptr(), self._best[0].data_ptr(), self._best[1].data_ptr()
@@ -193,7 +190,7 @@ class Program:
         for index, layer in enumerate(cast("list[Layer]", list(decoder.layers))):
             place = {"a": cache[index, 0].data_ptr(), "b": cache[index, 1].data_ptr()}
             self._ops.append(self._norm(layer.norm1))
-            self._ops.append(self._product(layer.qkv, OVERWRITE, out=qkv))
+            self._linear(layer.qkv, OVERWRITE, out=qkv)
             norms = {}
             if layer.q_norm is not None and layer.k_norm is not None:
                 norms = {"c": self._pointer(layer.q_norm.weight), "d": self._pointer(layer.k_norm.weight)}
@@ -203,26 +200,41 @@ class Program:
             )
             if self.quantize != "none":
                 self._ops.append(self._rows_op(QUANTISE, n=spec.num_heads * spec.head_dim, a=heads))
-            self._ops.append(self._product(layer.out, ADD_TO_RESIDUAL, out=x))
+            self._linear(layer.out, ADD_TO_RESIDUAL, out=x)
             self._ops.append(self._norm(layer.norm2))
-            self._ops.append(self._product(layer.up, OVERWRITE, out=qkv))
+            self._linear(layer.up, OVERWRITE, out=qkv)
             self._ops.append(self._rows_op(ACTIVATE, n=spec.intermediate_size, a=qkv, mode=int(spec.family == "llama")))
-            self._ops.append(self._product(layer.down, ADD_TO_RESIDUAL, out=x))
+            self._linear(layer.down, ADD_TO_RESIDUAL, out=x)
 
-    def _head_ops(self, decoder: Decoder, mode: int) -> Any:
-        norm = self._norm(decoder.norm)
-        norm.mode = 1
-        if not hasattr(self, "_head_product"):
-            self._head_product = self._product(decoder.head, mode, out=None)
-        product = _Op.from_buffer_copy(self._head_product)
-        product.mode = mode
-        return (_Op * 2)(norm, product)
+    def _linear(self, layer: FrozenLinear, mode: int, *, out: Tensor) -> None:
+        """The product, then what the rows' adapters add to it."""
+        self._ops.append(self._product(layer, mode, out=out))
+        bank = low_rank_bank(layer, self._adapters, self.dtype)
+        if bank is not None:
+            self._keep.append(bank)
+            self._max_rank = max(self._max_rank, bank.rank)
+            self._ops.append(
+                _Op(
+                    kind=LOW_RANK,
+                    mode=mode,
+                    weight=bank.rank,
+                    n=layer.out_features,
+                    k=layer.in_features,
+                    a=self._narrow.data_ptr(),
+                    b=bank.a.data_ptr(),
+                    c=bank.b.data_ptr(),
+                    out=out.data_ptr(),
+                )
+            )
 
     def _rows_op(self, kind: int, *, n: int, a: Tensor, mode: int = 0) -> _Op:
         """An operation on rows whose result feeds the next product: 8 bits with scales, or the plain type."""
         quantised = self.quantize != "none"
         out = self._bytes if quantised else self._narrow
-        return _Op(kind=kind, mode=mode, weight=int(quantised), n=n, a=a.data_ptr(), out=out.data_ptr(), scales=self._scales.data_ptr())
+        op = _Op(kind=kind, mode=mode, weight=int(quantised), n=n, a=a.data_ptr(), out=out.data_ptr(), scales=self._scales.data_ptr())
+        if quantised and self._adapters and kind != QUANTISE:
+            op.plain = self._narrow.data_ptr()
+        return op
 
     def _norm(self, norm: Norm) -> _Op:
         op = self._rows_op(NORM, n=self.spec.hidden_size, a=self._residual)
@@ -261,3 +273,20 @@ def rope_table(decoder: Decoder, positions: int) -> Tensor | None:
 def group_size(spec: ModelSpec) -> int:
     """Neighbouring rows of one slot that attend together: as many as fill the kernel's registers."""
     return max(1, MAX_QUERIES // spec.group_size)
+
+
+def _strips(adapters: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """First row, length and adapter of runs of up to TILE_ROWS neighbouring rows with one adapter: [0, 0, -1, 1] -> ([0, 3], [2, 1], [0, 1])."""
+    starts: list[int] = []
+    lengths: list[int] = []
+    chosen: list[int] = []
+    previous = -1
+    for row, adapter in enumerate(adapters):
+        if adapter == previous and adapter >= 0 and lengths[-1] < TILE_ROWS:
+            lengths[-1] += 1
+        elif adapter >= 0:
+            starts.append(row)
+            lengths.append(1)
+            chosen.append(adapter)
+        previous = adapter
+    return starts, lengths, chosen

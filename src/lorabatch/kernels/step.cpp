@@ -9,24 +9,26 @@
 #include "attend.h"
 #include "gemm.h"
 
-enum Kind : int64_t { EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE, KINDS };
+enum Kind : int64_t { EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE, LOW_RANK, KINDS };
 enum Output : int64_t { OVERWRITE, ADD_TO_RESIDUAL, LOGITS, GREEDY };
 enum Weight : int64_t { NATIVE, INT8 };
 
 struct Op {
-    int64_t kind, mode, weight;  // mode: Output of a product; 1 = gated activation; 1 = rows are the outputs only
+    int64_t kind, mode, weight;  // mode: Output of a product; 1 = gated activation; 1 = the norm's rows are the outputs
     int64_t n, k;                // features out and in
     const void *a, *b, *c, *d, *e;
     void *out, *scales;
-    const void* next;  // the packed weights of the next product, fetched while this one ends
+    void* plain;  // where 8-bit rows are wanted in the plain type too (for adapters)
     double value;
 };
 
 struct Step {
     int64_t bf16;  // type of activations and cache
     int64_t tokens, outputs, groups;
-    const int32_t *token_ids, *positions, *slots, *output_rows;
+    const int32_t *token_ids, *positions, *slots;
     const int32_t* group_starts;  // [groups + 1]: rows that are attended together: neighbours of one slot
+    int64_t strips;  // up to TILE_ROWS neighbouring rows with one adapter; rows without an adapter are in none
+    const int32_t *strip_starts, *strip_lengths, *strip_adapters;  // [strips] each
     int64_t heads, kv_heads, head_dim, capacity;
     int64_t threads, scratch_floats;
     float* scratch;      // [threads][scratch_floats]
@@ -105,11 +107,12 @@ static inline __m512 outliers(__m512 sum, const RowScale& row, const char* panel
 template <class T>
 static void emit_row(const Op& op, int64_t row, int64_t n, float* x) {
     using Value = typename T::Value;
-    if (op.weight == INT8) return quantise_row(x, n, (uint8_t*)op.out + row * n, (RowScale*)op.scales + row);
-    for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 m = first_lanes(n - i);
-        T::store((Value*)op.out + row * n + i, _mm512_maskz_loadu_ps(m, x + i), m);
-    }
+    if (Value* plain = (Value*)(op.weight == INT8 ? op.plain : op.out))
+        for (int64_t i = 0; i < n; i += 16) {
+            const __mmask16 m = first_lanes(n - i);
+            T::store(plain + row * n + i, _mm512_maskz_loadu_ps(m, x + i), m);
+        }
+    if (op.weight == INT8) quantise_row(x, n, (uint8_t*)op.out + row * n, (RowScale*)op.scales + row);
 }
 
 template <class T>
@@ -119,7 +122,7 @@ static void norm(const Op& op, const Step& s, float* scratch) {
     const Value *weight = (const Value*)op.b, *bias = (const Value*)op.c;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        const float* x = (const float*)op.a + (op.mode ? s.output_rows[r] : r) * n;
+        const float* x = (const float*)op.a + r * n;
         __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
         float centre = 0;
         if (bias) {
@@ -356,6 +359,50 @@ static void quantise(const Op& op, const Step& s, float* scratch) {
     }
 }
 
+// y += x Aᵀ Bᵀ with each row's own adapter. b, c: banks of packed A [adapters] and packed B [adapters], B with the scale of LoRA in it and
+// zeros between the parts of a fused layer; weight: rank, all parts together. Source: LoRA, arXiv 2106.09685; grouping as in Punica, 2310.18547.
+template <class T>
+static void low_rank(const Op& op, const Step& s, float* scratch) {
+    using Value = typename T::Value;
+    using W = Float<T>;
+    const int64_t rank = op.weight, k_dwords = op.k / T::per_dword, r_dwords = rank / T::per_dword;
+    const int64_t a_panels = (rank + PANEL - 1) / PANEL, b_panels = (op.n + PANEL - 1) / PANEL;
+    Value* low = (Value*)scratch;  // [TILE_ROWS][rank]
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t strip = 0; strip < s.strips; strip++) {
+        const int64_t row = s.strip_starts[strip], adapter = s.strip_adapters[strip];
+        const char* x = (const char*)op.a + row * op.k * sizeof(Value);
+        const char* a = (const char*)op.b + adapter * a_panels * k_dwords * PANEL * 4;
+        const char* b = (const char*)op.c + adapter * b_panels * r_dwords * PANEL * 4;
+        with_rows(s.strip_lengths[strip], [&](auto size) {
+            constexpr int R = decltype(size)::value;
+            __m512 sum[R][VECTORS];
+            for (int64_t p = 0; p < a_panels; p++) {
+                tile<W, R>(x, op.k * sizeof(Value), a + p * k_dwords * PANEL * 4, k_dwords, nullptr, 0, sum);
+                for (int r = 0; r < R; r++)
+                    for (int v = 0; v < VECTORS; v++)
+                        if (const int64_t at = p * PANEL + v * 16; at < rank) T::store(low + r * rank + at, sum[r][v], first_lanes(rank - at));
+            }
+            for (int64_t p = 0; p < b_panels; p++) {
+                tile<W, R>((const char*)low, rank * sizeof(Value), b + p * r_dwords * PANEL * 4, r_dwords, nullptr, 0, sum);
+                for (int r = 0; r < R; r++)
+                    for (int v = 0; v < VECTORS; v++) {
+                        const int64_t at = p * PANEL + v * 16;
+                        if (at >= op.n) break;
+                        const __mmask16 m = first_lanes(op.n - at);
+                        if (op.mode == ADD_TO_RESIDUAL) {
+                            float* y = (float*)op.out + (row + r) * op.n + at;
+                            _mm512_mask_storeu_ps(y, m, _mm512_add_ps(_mm512_maskz_loadu_ps(m, y), sum[r][v]));
+                        } else {
+                            Value* y = (Value*)op.out + (row + r) * op.n + at;
+                            T::store(y, _mm512_add_ps(T::load(y, m), sum[r][v]), m);
+                        }
+                    }
+            }
+        });
+    }
+}
+
 template <class T>
 static void run(const Op& op, const Step& s, float* scratch) {
     switch (op.kind) {
@@ -366,6 +413,7 @@ static void run(const Op& op, const Step& s, float* scratch) {
         case ATTEND: return attend_all<T>(op, s, scratch);
         case ACTIVATE: return activate<T>(op, s, scratch);
         case QUANTISE: return quantise<T>(op, s, scratch);
+        case LOW_RANK: return low_rank<T>(op, s, scratch);
     }
 }
 
