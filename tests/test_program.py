@@ -5,16 +5,29 @@ import sys
 
 import pytest
 import torch
-from helpers import NATIVE_VARIANTS, native, packed_logits, random_ids, randomise_b, tiny_model
+from helpers import (
+    MAX_POSITIONS,
+    NATIVE_VARIANTS,
+    engine_greedy,
+    native,
+    packed_logits,
+    random_ids,
+    randomise_b,
+    reference_greedy,
+    tiny_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabatch import kernels
 from lorabatch.infer.packed import PANEL, pack
 from lorabatch.infer.program import PAGE, Program, group_size, unsupported
+from lorabatch.infer.runner import ProgramRunner, _cut, make_runner
+from lorabatch.model.attention import Segment
 from lorabatch.model.lora import LoraSettings
 
 pytestmark = pytest.mark.skipif(kernels.library("step") is None, reason="no CPU kernels on this machine (compiler or AVX-512 missing)")
+CPU = torch.device("cpu")
 SLOTS, CAPACITY = 4, 2 * PAGE
 LENGTHS = (70, 9, 1, 33)
 
@@ -49,10 +62,10 @@ def feed(program, pieces):
 def test_program_agrees_with_the_plain_decoder(name, dtype):
     model = native(tiny_model(name), dtype=dtype)
     if name == "gpt2-gelu":
-        assert "GELU" in unsupported(model.spec, dtype)
+        assert "GELU" in unsupported(model.spec, dtype, CPU)
         return
-    if unsupported(model.spec, dtype):
-        pytest.skip(unsupported(model.spec, dtype))
+    if unsupported(model.spec, dtype, CPU):
+        pytest.skip(unsupported(model.spec, dtype, CPU))
     documents = random_ids(LENGTHS)
     ours = feed(record(model), [(slot, 0, ids.tolist()) for slot, ids in enumerate(documents)])
     exact = torch.cat(packed_logits(native(tiny_model(name).to(dtype).float()), documents))  # the same rounded weights, in fp32
@@ -67,8 +80,8 @@ def test_program_agrees_with_the_plain_decoder(name, dtype):
 @pytest.mark.parametrize("name", ["gpt2", "mistral-window", "qwen3"])
 def test_bits_do_not_depend_on_chunks_slots_or_neighbours(name, quantize):
     model = native(tiny_model(name), dtype=torch.bfloat16)
-    if unsupported(model.spec, torch.bfloat16, quantize=quantize):
-        pytest.skip(unsupported(model.spec, torch.bfloat16, quantize=quantize))
+    if unsupported(model.spec, torch.bfloat16, CPU, quantize=quantize):
+        pytest.skip(unsupported(model.spec, torch.bfloat16, CPU, quantize=quantize))
     program, documents = record(model, quantize=quantize), [ids.tolist() for ids in random_ids(LENGTHS)]
     alone = [feed(program, [(0, 0, ids)]) for ids in documents]
 
@@ -181,3 +194,51 @@ def test_kernels_share_the_thread_pool_of_torch():
     with open("/proc/self/maps") as file:
         loaded = {line.split()[-1] for line in file if "gomp" in line or "iomp" in line or "libomp" in line}
     assert len(loaded) == 1, loaded
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=8),
+    st.integers(1, 16),
+)
+def test_cutting_a_step_keeps_tokens_places_and_wanted_rows(sizes, max_tokens):
+    segments, next_id = [], 0
+    for slot, (count, wanted) in enumerate(sizes):
+        segments.append(Segment(slot, 10 * slot, list(range(next_id, next_id + count)), num_logits=min(wanted, count)))
+        next_id += count
+    pieces = list(_cut(segments, max_tokens))
+    assert all(0 < sum(len(s.token_ids) for s in piece) <= max_tokens for piece in pieces)
+
+    def described(segment):
+        first_wanted = len(segment.token_ids) - segment.num_logits
+        return [(segment.slot, segment.start + i, token, i >= first_wanted) for i, token in enumerate(segment.token_ids)]
+
+    assert [x for piece in pieces for s in piece for x in described(s)] == [x for s in segments for x in described(s)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window"])
+def test_engine_on_the_program_writes_what_transformers_writes(name):
+    """More requests than slots, a tiny step limit, mixed lengths: greedy tokens are transformers' own."""
+    reference = tiny_model(name)
+    prompts, counts = random_ids((5, 40, 1, 17, 70, 3)), (9, 4, 12, 6, 8, 3)
+    runner = make_runner(native(reference, prepack=False), num_slots=3, capacity=MAX_POSITIONS, max_tokens=16)
+    assert isinstance(runner, ProgramRunner)
+    ours = engine_greedy(runner, prompts, counts, num_slots=3)
+    assert ours == [reference_greedy(reference, ids, n) for ids, n in zip(prompts, counts, strict=True)]
+
+
+def test_a_copied_prefix_is_as_good_as_a_computed_one():
+    model, ids = native(tiny_model("llama")), random_ids([90])[0].tolist()
+    runner = make_runner(model, num_slots=3, capacity=MAX_POSITIONS, max_tokens=256)
+    runner.forward([Segment(0, 0, ids[:70])])
+    runner.copy(0, 2, 70)
+    assert torch.equal(runner.forward([Segment(2, 70, ids[70:])]), runner.forward([Segment(1, 0, ids)]))
+
+
+@pytest.mark.slow
+def test_real_model_on_the_program_writes_what_transformers_writes(real_model_dir):
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32).eval()
+    runner = make_runner(native(reference, prepack=False), num_slots=4, capacity=128, max_tokens=64)
+    prompts, counts = random_ids((8, 30, 3), vocab=reference.config.vocab_size), (24, 24, 24)
+    assert engine_greedy(runner, prompts, counts, num_slots=4) == [reference_greedy(reference, ids, 24) for ids in prompts]

@@ -117,6 +117,7 @@ class InferConfig(Settings):
     prefill_tokens: int = setting(2048, "prompt tokens that enter the model in one step", minimum=1)
 
     dtype: str = setting("auto", "type of weights and KV cache", choices=DTYPES)
+    quantize: str = setting("none", "int8: 8-bit weights and activations on a CPU, faster and nearly exact", choices=("none", "int8"))
     no_cuda: bool = setting(False, "stay on the CPU")
     backend: str = setting("auto", "native decoder, or transformers for any other model", choices=("auto", "native", "hf"))
     threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)

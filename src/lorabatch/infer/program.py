@@ -48,8 +48,10 @@ class _Step(ctypes.Structure):
     )
 
 
-def unsupported(spec: ModelSpec, dtype: torch.dtype, *, quantize: str = "none") -> str | None:
+def unsupported(spec: ModelSpec, dtype: torch.dtype, device: torch.device, *, quantize: str = "none") -> str | None:
     """Why this model cannot run as a program on this machine; None if it can."""
+    if device.type != "cpu":
+        return f"the kernels are for CPUs, not for {device.type}"
     kernels = library("step")
     if kernels is None:
         return "no kernels on this machine"

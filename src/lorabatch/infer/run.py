@@ -102,15 +102,30 @@ class _Loaded:
 
 
 def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_dir: Path | None) -> _Loaded:
+    from lorabatch.infer.program import unsupported
     from lorabatch.model import load
     from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
+    from lorabatch.model.linear import Dense
+    from lorabatch.model.spec import spec_from_config
 
     device = choose_device(no_cuda=config.no_cuda)
     threads = choose_threads(config.threads)
     dtype = choose_dtype(config.dtype, device)
     tokenizer = load.load_tokenizer(source.path)
     model_config = load.load_config(source.path)
-    model = load.load_model(source, model_config, backend=config.backend, dtype=dtype, device=device, adapter_dir=adapter_dir)
+    spec = None if config.backend == "hf" else spec_from_config(model_config)
+    lacking = "it has no native decoder" if spec is None else unsupported(spec, dtype, device, quantize=config.quantize)
+    if lacking and config.quantize != "none":
+        raise UnavailableError(f"not possible here: {lacking}", where=f"--quantize {config.quantize}", fix="use --quantize none")
+    model = load.load_model(
+        source,
+        model_config,
+        backend=config.backend,
+        dtype=dtype,
+        device=device,
+        adapter_dir=adapter_dir,
+        product=None if lacking else Dense,  # the program packs the weights itself
+    )
     limit = min(model.max_positions, config.max_len or model.max_positions)
     adapter = str(adapter_dir) if adapter_dir else None
     run.save(
@@ -119,11 +134,14 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
         dtype=TYPE_NAMES[dtype],
         threads=threads,
         backend=model.backend,
+        cpu_kernels=lacking is None,
         gpu=gpu_description(),
     )
-    print(f"base {source.name} ({TYPE_NAMES[dtype]} on {device}, {threads} threads), adapter {f'{adapter} merged' if adapter else 'none'}")
+    precision = TYPE_NAMES[dtype] if config.quantize == "none" else f"{config.quantize} weights, {TYPE_NAMES[dtype]} cache"
+    kernels = ", own kernels" if lacking is None else ""
+    print(f"base {source.name} ({precision} on {device}, {threads} threads{kernels}), adapter {f'{adapter} merged' if adapter else 'none'}")
     base = f"{source.name} {model.base_fingerprint or source.revision}"
-    work_key = f"{base} {_adapter_key(model, adapter_dir)} {TYPE_NAMES[dtype]} {limit} {config.long_prompt}"
+    work_key = f"{base} {_adapter_key(model, adapter_dir)} {TYPE_NAMES[dtype]} {config.quantize} {limit} {config.long_prompt}"
     return _Loaded(model, tokenizer, load.end_tokens(source.path, model_config, tokenizer), adapter, work_key, limit)
 
 

@@ -1,14 +1,21 @@
-"""The native model as the engine sees it: each step reads the new tokens of some slots, whatever their number."""
+"""The native model as the engine sees it: each step reads the new tokens of some slots, whatever their number.
+
+Two of them: ``ProgramRunner`` replays a recorded program of C++ kernels (CPUs that have them), ``NativeRunner`` runs the
+decoder on torch's operators (everything else, and the reference that the program is tested against).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lorabatch.infer.kv_cache import CacheAttention, KVCache
+from lorabatch.errors import UnavailableError
+from lorabatch.infer.kv_cache import CacheAttention, KVCache, pages
+from lorabatch.infer.program import Program, group_size, unsupported
 from lorabatch.model.attention import Segment
 from lorabatch.model.native import NativeModel
 
@@ -62,3 +69,71 @@ class NativeRunner:
 
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._decoder.device)
+
+
+class ProgramRunner:
+    static = False
+
+    def __init__(self, model: NativeModel, *, num_slots: int, capacity: int, max_tokens: int, quantize: str = "none") -> None:
+        """max_tokens: of one call of the kernels; larger steps are cut, which changes no bit."""
+        self.cache = KVCache(model.spec, num_slots=num_slots, capacity=capacity, dtype=model.decoder.dtype, device=model.decoder.device)
+        self._program = Program(model.decoder, cache=self.cache.data, max_tokens=max_tokens, quantize=quantize)
+        self._group_size, self._max_tokens = group_size(model.spec), max_tokens
+        self.logits, self.greedy = self._program.logits, self._program.greedy
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """As the protocol says; the hidden states are not normalised yet, ``logits`` and ``greedy`` do that."""
+        hidden = [self._run(piece) for piece in _cut(segments, self._max_tokens)]
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+    def _run(self, segments: Sequence[Segment]) -> Tensor:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        adapters: list[int] = []
+        wanted: list[int] = []
+        group_starts = [0]
+        for segment in segments:
+            count, first = len(segment.token_ids), len(token_ids)
+            token_ids += segment.token_ids
+            positions += range(segment.start, segment.start + count)
+            slots += [segment.slot] * count
+            adapters += [segment.adapter] * count
+            group_starts += [first + min(i + self._group_size, count) for i in range(0, count, self._group_size)]
+            wanted += range(first + count - segment.num_logits, first + count)
+        residual = self._program.run(token_ids, positions, slots, group_starts, adapters)
+        return residual[torch.tensor(wanted, dtype=torch.long)]  # a copy: the next step overwrites the residual stream
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.cache.copy(source, target, pages(length))  # positions of one page lie interleaved in memory
+
+
+def _cut(segments: Sequence[Segment], max_tokens: int) -> Iterator[list[Segment]]:
+    """The same tokens in the same order, in calls of at most ``max_tokens``."""
+    piece: list[Segment] = []
+    room = max_tokens
+    for segment in segments:
+        done, count = 0, len(segment.token_ids)
+        while count - done > room:
+            part = segment.token_ids[done : done + room]
+            unwanted = count - segment.num_logits
+            piece.append(replace(segment, start=segment.start + done, token_ids=part, num_logits=max(0, done + room - max(done, unwanted))))
+            yield piece
+            done, piece, room = done + room, [], max_tokens
+        rest = count - done
+        piece.append(
+            replace(segment, start=segment.start + done, token_ids=segment.token_ids[done:], num_logits=min(segment.num_logits, rest))
+        )
+        room -= rest
+    if piece:
+        yield piece
+
+
+def make_runner(model: NativeModel, *, num_slots: int, capacity: int, max_tokens: int, quantize: str = "none") -> Runner:
+    """The fastest runner of this machine for this model. UnavailableError if ``quantize`` needs kernels that are not there."""
+    why = unsupported(model.spec, model.decoder.dtype, model.decoder.device, quantize=quantize)
+    if why is None:
+        return ProgramRunner(model, num_slots=num_slots, capacity=capacity, max_tokens=max_tokens, quantize=quantize)
+    if quantize != "none":
+        raise UnavailableError(f"not possible here: {why}", where=f"--quantize {quantize}", fix="use --quantize none")
+    return NativeRunner(model, num_slots=num_slots, capacity=capacity)

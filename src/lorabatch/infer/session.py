@@ -18,7 +18,7 @@ from lorabatch.errors import UnavailableError
 from lorabatch.infer.engine import Engine, PassStats
 from lorabatch.infer.feed import Feed
 from lorabatch.infer.requests import Request
-from lorabatch.infer.runner import NativeRunner, Runner
+from lorabatch.infer.runner import Runner, make_runner
 from lorabatch.model.hf import HfModel
 from lorabatch.model.load import Model
 from lorabatch.model.native import NativeModel
@@ -107,7 +107,13 @@ class Session:
             if fitting < self.num_slots:
                 self.num_slots = max(1, fitting)
                 print(f"the KV cache of that many requests does not fit in memory: {self.num_slots} at once", file=sys.stderr)
-            runner = NativeRunner(model, num_slots=self.num_slots, capacity=self.capacity)
+            runner = make_runner(
+                model,
+                num_slots=self.num_slots,
+                capacity=self.capacity,
+                max_tokens=self._config.prefill_tokens + self.num_slots,
+                quantize=self._config.quantize,
+            )
         return Engine(runner, self._tokenizer, self._eos_ids, max_running=self.num_slots, prefill_tokens=self._config.prefill_tokens)
 
 

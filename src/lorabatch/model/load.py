@@ -68,7 +68,10 @@ def load_model(
     adapter_dir: Path | None = None,
     product: MakeProduct | None = None,
 ) -> Model:
-    """The native decoder where it knows the architecture, the hf backend otherwise (said in one line)."""
+    """The native decoder where it knows the architecture, the hf backend otherwise (said in one line).
+
+    product: makes the native decoder's products from their weights; None: the fastest of this device.
+    """
     spec = spec_from_config(config)
     if spec is None and backend == "native":
         raise UnavailableError(
