@@ -103,7 +103,8 @@ def test_bits_do_not_depend_on_chunks_slots_or_neighbours(name, quantize):
     any_schedule_gives_the_same()
 
 
-def test_number_of_threads_does_not_change_a_bit():
+def test_number_of_threads_does_not_change_a_bit(monkeypatch):
+    monkeypatch.setattr("lorabatch.infer.program.PARAMS_PER_THREAD", 1)
     model = native(tiny_model("llama"))
     pieces = [(slot, 0, ids.tolist()) for slot, ids in enumerate(random_ids(LENGTHS))]
     one = feed(record(model), pieces)

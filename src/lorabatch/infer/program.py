@@ -27,6 +27,7 @@ EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE, LOW_RANK = range(8)
 OVERWRITE, ADD_TO_RESIDUAL, LOGITS, GREEDY = range(4)
 PAGE, MAX_QUERIES, TILE_ROWS = 64, 6, 8
 HAS_BF16, HAS_INT8 = 1, 2
+PARAMS_PER_THREAD = 1 << 20  # multiplications that make another thread worth waking, about 10 us
 
 
 class _Op(ctypes.Structure):
@@ -150,19 +151,23 @@ class Program:
         self._call(self._head)
 
     def _call(self, ops: Any) -> None:
-        if self._step.threads != torch.get_num_threads():
+        if self._threads != torch.get_num_threads():
             self._set_threads()
+        rows = self._step.outputs if ops is self._head else self._step.tokens
+        # Threads that have less to do than they need to meet cost more than they bring, above all on busy cores.
+        self._step.threads = max(1, min(self._threads, rows * self.spec.num_matmul_params // PARAMS_PER_THREAD))
         self._run(ctypes.addressof(ops), len(ops), ctypes.addressof(self._step))
 
     def _set_threads(self) -> None:
         threads, spec = torch.get_num_threads(), self.spec
+        self._threads = threads
         wide = max(spec.intermediate_size, spec.hidden_size, spec.num_heads * spec.head_dim)
         floats = max(MAX_QUERIES * self.capacity, wide, TILE_ROWS * self._max_rank) + 64  # + 64: threads share no cache line
         self._scratch = torch.zeros(threads, floats)
         self._greedy = torch.zeros(self.max_tokens, dtype=torch.int32)
         self._best = torch.zeros(2, threads, self.max_tokens)
         step = self._step
-        step.threads, step.scratch_floats, step.scratch = threads, floats, self._scratch.data_ptr()
+        step.scratch_floats, step.scratch = floats, self._scratch.data_ptr()
         step.greedy, step.greedy_value, step.greedy_id = self._greedy.data_ptr(), self._best[0].data_ptr(), self._best[1].data_ptr()
 
     def _buffer(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
