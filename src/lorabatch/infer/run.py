@@ -124,7 +124,7 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
         dtype=dtype,
         device=device,
         adapter_dir=adapter_dir,
-        product=None if lacking else Dense,  # the program packs the weights itself
+        product=None if lacking else lambda weight, _: Dense(weight),  # the program packs them itself
     )
     limit = min(model.max_positions, config.max_len or model.max_positions)
     adapter = str(adapter_dir) if adapter_dir else None
