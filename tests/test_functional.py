@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lorabatch.model import fused
 from lorabatch.model.functional import rms_norm, rotate, swiglu
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -40,7 +41,10 @@ def operands(name, dtype):
 
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rotate"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_value_and_gradient_match_the_plain_form(name, dtype):
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+def test_value_and_gradient_match_the_plain_form(name, dtype, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(fused, "_passes", lambda dtype: None)
     x, rest, ours, plain = operands(name, dtype)
     upstream = torch.randn(plain(x, *rest).shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     results = []

@@ -6,11 +6,18 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorabatch.model import fused
 from lorabatch.model import loss as loss_module
 from lorabatch.model.linear import FrozenLinear, Part
-from lorabatch.model.loss import cross_entropy_sum
+from lorabatch.model.loss import LossTerms, cross_entropy_sum
 
 HIDDEN, VOCAB = 24, 100
+
+
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def kernels(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(fused, "_passes", lambda dtype: None)
 
 
 def make_case(rows, *, dtype=torch.float32, bias=False, prepack=False):
@@ -23,11 +30,12 @@ def make_case(rows, *, dtype=torch.float32, bias=False, prepack=False):
     return hidden, head, torch.randint(0, VOCAB, (rows,), generator=generator)
 
 
-def plain(hidden, head, targets):
+def plain(hidden, head, targets, smoothing=0.0, z=0.0):
     """Loss and gradient of the hidden states from full fp32 logits."""
     hidden = hidden.detach().float().requires_grad_()
     bias = None if head.bias is None else head.bias.float()
-    loss = F.cross_entropy(F.linear(hidden, head.product.weight.float(), bias), targets, reduction="sum")
+    logits = F.linear(hidden, head.product.weight.float(), bias)
+    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) + z * logits.logsumexp(-1).square().sum()
     loss.backward()
     return loss.detach(), hidden.grad
 
@@ -62,6 +70,18 @@ def test_bf16_is_as_exact_as_its_logits(prepack):
     assert float(loss.detach()) == pytest.approx(float(expected_loss), rel=2e-3)
     assert hidden.grad.dtype == torch.bfloat16
     assert (hidden.grad.float() - expected_grad).norm() <= 1e-2 * expected_grad.norm()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("smoothing", "z"), [(0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)])
+def test_smoothing_and_z_equal_their_definitions(smoothing, z, dtype, tolerance):
+    hidden, head, targets = make_case(40, dtype=dtype)
+    hidden.requires_grad_()
+    loss = cross_entropy_sum(hidden, head, targets, LossTerms(smoothing, z))
+    loss.backward()
+    expected_loss, expected_grad = plain(hidden, head, targets, smoothing, z)
+    assert float(loss.detach()) == pytest.approx(float(expected_loss), rel=max(2e-6, tolerance / 5))
+    assert (hidden.grad.float() - expected_grad).norm() <= tolerance * expected_grad.norm()
 
 
 def test_gradient_is_scaled_by_what_comes_from_above():

@@ -10,6 +10,7 @@ and scoring; the KV cache of inference brings another (``lorabatch.infer.kv_cach
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lorabatch.model.fused import Passes, passes_for
 
 
 class Attention(Protocol):
@@ -44,6 +47,17 @@ class PackedAttention:
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
+        self._starts = torch.tensor([0, *itertools.accumulate(self.lengths)])
+
+    def whole(self, qkv: Tensor, heads: int, kv_heads: int, rope: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """Rotation and attention in one pass over qkv [T, (N + 2K) D] -> [T, N * D]; None where the C++ kernels do not serve."""
+        passes = passes_for(qkv)
+        if passes is None or (qkv.shape[1] // (heads + 2 * kv_heads)) % 64:
+            return None
+        cos, sin = rope if rope is not None else (None, None)
+        if torch.is_grad_enabled() and qkv.requires_grad:
+            return _PackedWhole.apply(qkv, cos, sin, self._starts, (heads, kv_heads), passes)
+        return passes.attend(qkv.contiguous(), heads, kv_heads, rope, self._starts)[0]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         if q.device.type == "cpu" and (window is None or max(self.lengths) <= window):
@@ -52,6 +66,25 @@ class PackedAttention:
             return _packed_flash(q, k, v, self.lengths)[0]
         pieces = (t.split(self.lengths) for t in (q, k, v))
         return torch.cat([causal_attention(q1, k1, v1, window) for q1, k1, v1 in zip(*pieces, strict=True)])
+
+
+class _PackedWhole(torch.autograd.Function):
+    """The C++ kernel (``kernels/train.cpp``). Saves its input as the product made it, the output and a log-sum-exp per row and head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, heads: tuple[int, int], passes: Passes
+    ) -> Tensor:
+        out, log_sums = passes.attend(qkv, *heads, None if cos is None or sin is None else (cos, sin), starts)
+        ctx.save_for_backward(qkv, cos, sin, starts, out, log_sums)
+        ctx.heads, ctx.passes = heads, passes
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cos, sin, starts, out, log_sums = ctx.saved_tensors
+        rope = None if cos is None else (cos, sin)
+        return ctx.passes.attend_grad(qkv, *ctx.heads, rope, starts, out, log_sums, grad.contiguous()), None, None, None, None, None
 
 
 class _PackedFlash(torch.autograd.Function):

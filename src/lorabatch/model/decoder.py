@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorabatch.model.attention import Attention
+from lorabatch.model.attention import Attention, PackedAttention
 from lorabatch.model.functional import rms_norm, rotate, swiglu
 from lorabatch.model.linear import FrozenLinear
 from lorabatch.model.spec import ModelSpec
@@ -60,12 +60,17 @@ class Layer(nn.Module):
         self.q_norm, self.k_norm = q_norm, k_norm
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
-        x = x + self.out(self._attend(self.norm1(x), rope, attention))
-        return x + self.down(self._activate(self.up(self.norm2(x))))
+        x = x + self.out(self._attend(x, rope, attention))
+        return x + self.down(self.up(x, self.norm2), self._activate)
 
     def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
         spec = self.spec
-        heads = self.qkv(x).view(x.shape[0], -1, spec.head_dim)  # [T, N + 2K, D]
+        qkv = self.qkv(x, self.norm1)
+        if isinstance(attention, PackedAttention) and self.q_norm is None and self.window is None:
+            y = attention.whole(qkv, spec.num_heads, spec.num_kv_heads, rope)
+            if y is not None:
+                return y
+        heads = qkv.view(x.shape[0], -1, spec.head_dim)  # [T, N + 2K, D]
         q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

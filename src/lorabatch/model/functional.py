@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorabatch.model.fused import passes_for
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (arXiv 1910.07467) over the last axis; fp32 inside, like transformers."""
@@ -26,6 +28,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(the result, 1 / root mean square [..., 1] in fp32), step by step as transformers computes it."""
+    passes = passes_for(x) if x.is_contiguous() else None
+    if passes is not None:
+        return passes.norm(x, weight, eps)
     wide = x.float()
     inverse = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (wide * inverse).to(x.dtype) * weight, inverse
@@ -41,6 +46,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
+        passes = passes_for(x) if x.is_contiguous() else None
+        if passes is not None:
+            return passes.norm_grad(x, weight, inverse, grad.contiguous()), None, None
         scaled = (grad * weight).float()
         unit = x.float() * inverse  # not in place: in fp32, float() is x itself
         scaled.addcmul_(unit, (scaled * unit).mean(-1, keepdim=True), value=-1)
@@ -51,6 +59,13 @@ def swiglu(x: Tensor) -> Tensor:
     """``silu(gate) * up`` of [T, 2M] = [gate, up] (arXiv 2002.05202) -> [T, M]."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _SwiGlu.apply(x)
+    return _gated(x)
+
+
+def _gated(x: Tensor) -> Tensor:
+    passes = passes_for(x) if x.is_contiguous() else None
+    if passes is not None:
+        return passes.swiglu(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -59,12 +74,14 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _gated(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
+        passes = passes_for(x) if x.is_contiguous() else None
+        if passes is not None:
+            return passes.swiglu_grad(x, grad.contiguous())
         gate, up = x.chunk(2, dim=-1)
         out = torch.empty_like(x)
         gate_grad, up_grad = out.chunk(2, dim=-1)

@@ -14,13 +14,18 @@ not depend on how many other rows there are, from two rows on (docs/LOG.md, 2026
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lorabatch.model import fused
+from lorabatch.model.fused import Passes, passes_for
+
+Before = Callable[[Tensor], Tensor]  # a frozen function of each row that is cheap to compute again: a norm, an activation
 
 
 @dataclass(frozen=True)
@@ -116,20 +121,23 @@ class FrozenLinear(nn.Module):
         self.adapters = nn.ModuleDict()  # key: index of the part, as a string
         self.dropout = 0.0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, before: Before | None = None) -> Tensor:
+        """x [T, I] -> [T, O]. With ``before``, of ``before(x)``: then x is what is kept for the backward pass, not ``before(x)``."""
         if self.adapters:
-            return self._adapted(x)
+            return self._adapted(x, before)
+        if before is not None:
+            x = before(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _FrozenProduct.apply(x, self)
         return self.product.forward(x, self.bias)
 
-    def _adapted(self, x: Tensor) -> Tensor:
+    def _adapted(self, x: Tensor, before: Before | None) -> Tensor:
         tensors = [t for adapter in self.adapters.values() for t in (adapter.a, adapter.b)]
         mask = None
         if self.training and self.dropout > 0:
             # One mask for all parts of the layer; peft draws one per part, which is as valid.
-            mask = F.dropout(torch.ones_like(x), self.dropout)
-        return _AdaptedProduct.apply(x, mask, self, *tensors)
+            mask = F.dropout(x.new_ones(x.shape[0], self.in_features), self.dropout)
+        return _AdaptedProduct.apply(x, mask, self, before, *tensors)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -150,42 +158,86 @@ class _AdaptedProduct(torch.autograd.Function):
 
     Saves the input and the rank-sized ``(mask * x) Aᵀ``. The A matrices of all parts go through one
     product; products with a rank-sized side come first, so no [O, I] gradient ever exists.
+    With ``before`` x stands for ``before(x)``, which the backward pass computes again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, layer: FrozenLinear, *tensors: Tensor) -> Tensor:
-        a_all = torch.cat([a.to(x.dtype) for a in tensors[0::2]])  # [sum of r, I]
-        dropped = x if mask is None else x * mask
-        low = dropped @ a_all.t()  # [T, sum of r]
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None, layer: FrozenLinear, before: Before | None, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mask, *tensors)
+        ctx.before = before
+        if before is not None:
+            x = before(x)
         y = layer.product.forward(x, layer.bias)
-        for part, adapter, b, h in _parts(layer, tensors, low):
-            y[:, part.start : part.stop].addmm_(h, b.to(x.dtype).t(), alpha=adapter.scale)
-        ctx.layer = layer
-        ctx.save_for_backward(x, mask, low, *tensors)
+        passes = _lora_passes(layer, x, mask, tensors)
+        if passes is not None:
+            low = passes.lora(_fused_parts(layer, tensors), tensors[0].shape[0], x, y)
+        else:
+            a_all = torch.cat([a.to(x.dtype) for a in tensors[0::2]])  # [sum of r, I]
+            dropped = x if mask is None else x * mask
+            low = dropped @ a_all.t()  # [T, sum of r]
+            for part, adapter, b, h in _parts(layer, tensors, low):
+                y[:, part.start : part.stop].addmm_(h, b.to(x.dtype).t(), alpha=adapter.scale)
+        ctx.layer, ctx.low = layer, low  # ours alone, so it needs no version check
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, low, *tensors = ctx.saved_tensors
-        layer = ctx.layer
-        dropped = x if mask is None else x * mask
-        low_grad = torch.empty_like(low)
-        b_grads = []
-        for (part, adapter, b, h), slot in zip(_parts(layer, tensors, low), _parts(layer, tensors, low_grad), strict=True):
-            part_grad = grad[:, part.start : part.stop]
-            torch.mm(part_grad, b.to(x.dtype) * adapter.scale, out=slot[3])
-            b_grads.append((part_grad.t() @ h).float().mul_(adapter.scale))
-        a_all_grad = (low_grad.t() @ dropped).float()
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = layer.product.input_grad(grad)
-            a_all = torch.cat([a.to(x.dtype) for a in tensors[0::2]])
-            if mask is None:
-                x_grad.addmm_(low_grad, a_all)
-            else:
-                x_grad.add_((low_grad @ a_all).mul_(mask))
+        x, mask, *tensors = ctx.saved_tensors
+        layer, low = ctx.layer, ctx.low
+        given = x.detach().requires_grad_(ctx.needs_input_grad[0])
+        if ctx.before is not None:
+            with torch.enable_grad():
+                again = ctx.before(given)
+            x = again.detach()
+        x_grad = layer.product.input_grad(grad) if ctx.needs_input_grad[0] else None
+        passes = _lora_passes(layer, x, mask, tensors)
+        if passes is not None:
+            a_all_grad, flat = passes.lora_grad(_fused_parts(layer, tensors), tensors[0].shape[0], x, low, grad.contiguous(), x_grad)
+            b_grads = [g.view(b.shape) for g, b in zip(flat.split([b.numel() for b in tensors[1::2]]), tensors[1::2], strict=True)]
+        else:
+            a_all_grad, b_grads = _plain_backward(layer, x, mask, low, tensors, grad, x_grad)
+        if x_grad is not None and ctx.before is not None:
+            (x_grad,) = torch.autograd.grad(again, given, x_grad)
         a_grads = a_all_grad.split([a.shape[0] for a in tensors[0::2]])
-        return (x_grad, None, None, *(g for pair in zip(a_grads, b_grads, strict=True) for g in pair))
+        return (x_grad, None, None, None, *(g for pair in zip(a_grads, b_grads, strict=True) for g in pair))
+
+
+def _plain_backward(
+    layer: FrozenLinear, x: Tensor, mask: Tensor | None, low: Tensor, tensors: Sequence[Tensor], grad: Tensor, x_grad: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """(gradients of all A [sum of r, I], of each B), fp32; the adapters' share of the input's gradient is added to ``x_grad``."""
+    dropped = x if mask is None else x * mask
+    low_grad = torch.empty_like(low)
+    b_grads = []
+    for (part, adapter, b, h), slot in zip(_parts(layer, tensors, low), _parts(layer, tensors, low_grad), strict=True):
+        part_grad = grad[:, part.start : part.stop]
+        torch.mm(part_grad, b.to(x.dtype) * adapter.scale, out=slot[3])
+        b_grads.append((part_grad.t() @ h).float().mul_(adapter.scale))
+    if x_grad is not None:
+        a_all = torch.cat([a.to(x.dtype) for a in tensors[0::2]])
+        if mask is None:
+            x_grad.addmm_(low_grad, a_all)
+        else:
+            x_grad.add_((low_grad @ a_all).mul_(mask))
+    return (low_grad.t() @ dropped).float(), b_grads
+
+
+def _lora_passes(layer: FrozenLinear, x: Tensor, mask: Tensor | None, tensors: Sequence[Tensor]) -> Passes | None:
+    """The C++ kernels, where the shapes suit them: one rank, in 16s; features in 64s; no dropout."""
+    ranks = {a.shape[0] for a in tensors[0::2]}
+    suits = len(ranks) == 1 and max(ranks) % 16 == 0 and sum(a.shape[0] for a in tensors[0::2]) <= 64
+    features = [layer.in_features, *(b.shape[0] for b in tensors[1::2])]
+    if mask is not None or not suits or any(f % 64 for f in features) or not x.is_contiguous():
+        return None
+    return passes_for(x)
+
+
+def _fused_parts(layer: FrozenLinear, tensors: Sequence[Tensor]) -> list[fused.Part]:
+    adapters = cast("list[tuple[str, Adapter]]", list(layer.adapters.items()))
+    return [
+        fused.Part(a.data_ptr(), b.data_ptr(), layer.parts[int(index)].start, b.shape[0], adapter.scale)
+        for (index, adapter), a, b in zip(adapters, tensors[0::2], tensors[1::2], strict=True)
+    ]
 
 
 def _parts(layer: FrozenLinear, tensors: Sequence[Tensor], low: Tensor) -> list[tuple[Part, Adapter, Tensor, Tensor]]:

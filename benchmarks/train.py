@@ -1,0 +1,243 @@
+#!/usr/bin/env python3
+"""LoRA training side by side: lorabatch against a plain transformers + peft loop, each run in a process of its own.
+
+Both start from the same adapter, see the same documents in the same order (8 a step unless told), use AdamW with the
+same settings, and report every step. Ours packs; theirs pads to the longest document of the step. Rounds
+alternate, so that a slow minute of the machine hits both. The losses of all runs must agree.
+
+    python benchmarks/train.py --documents train.jsonl                 # three rounds, then the table
+    python benchmarks/train.py --documents train.jsonl --rounds 1 --append   # one more round into the newest file
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+TRAINERS = ("lorabatch:auto", "peft:bf16", "peft:fp32")
+LOSS_TOLERANCE = 0.01  # nats per token, any step, any two runs: bf16 rounds a logit of 20 by up to 0.06; fp32 runs agree to 1e-4
+RANK, ALPHA, RATE = 16, 32.0, 2e-4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base_model", default="smollm2-135m")
+    parser.add_argument("--documents", type=Path, default=ROOT / "data_sample" / "train.txt")
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), metavar="NAME:DTYPE")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of a run, after one warm-up step")
+    parser.add_argument("--batch_size", type=int, default=8, help="documents per step")
+    parser.add_argument("--max_len", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--append", action="store_true", help="add the rounds to the newest file of this machine")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(run_worker(args)))
+        return 0
+    return compare(args)
+
+
+def compare(args: argparse.Namespace) -> int:
+    from lorabatch.measure.environment import environment
+
+    here = environment()
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    host = re.sub(r"[^a-z0-9]+", "-", f"{here['cpu']} {here['usable_cores']} cores".lower()).strip("-")
+    path = args.output_dir / f"train-{host}-{stamp}.json"
+    record: dict[str, Any] = {"runs": []}
+    if args.append and path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+    settings = {k: getattr(args, k) for k in ("base_model", "batch_size", "max_len", "steps")} | {"documents": args.documents.name}
+    if record.get("settings", settings) != settings:
+        sys.exit(f"{path}: has other settings ({record['settings']}); leave --append out to start a new file")
+    record |= {"schema_version": 1, "kind": "train", "settings": settings, "environment": here}
+    first_round = max((r["round"] for r in record["runs"]), default=0) + 1
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(first_round, first_round + args.rounds):
+            for trainer in args.trainers:
+                run = {"trainer": trainer, "round": number} | spawn(args, trainer, Path(scratch) / "adapter")
+                record["runs"].append(run)
+                print(
+                    f"round {number} {trainer:15} {run['tokens_per_s']:7.1f} real tokens/s  {run['peak_memory_bytes'] / 1e9:5.2f} GB",
+                    flush=True,
+                )
+                record["summary"] = summarise(record["runs"])
+                args.output_dir.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{table(record)}\n{path}")
+    if record["summary"]["largest_loss_difference"] > LOSS_TOLERANCE:
+        print(f"losses differ by {record['summary']['largest_loss_difference']:.4f}, more than {LOSS_TOLERANCE}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def spawn(args: argparse.Namespace, trainer: str, adapter: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--worker", trainer, "--adapter", str(adapter), "--documents", str(args.documents)]
+    for name in ("base_model", "steps", "batch_size", "max_len", "threads"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", str(getattr(args, name))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over rounds, the ratio to the faster of peft's types, and how far any two loss curves are apart."""
+    trainers: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(r["trainer"] for r in runs):
+        mine = [r for r in runs if r["trainer"] == name]
+        keys = ("tokens_per_s", "padded_tokens_per_s", "peak_memory_bytes", "roofline_share")
+        trainers[name] = {k: statistics.median(r[k] for r in mine) for k in keys} | {"rounds": len(mine)}
+    theirs = [t for name, t in trainers.items() if name.startswith("peft:")]
+    ours = [t for name, t in trainers.items() if name.startswith("lorabatch:")]
+    ratios = {}
+    if ours and theirs:
+        best = max(theirs, key=lambda t: t["tokens_per_s"])
+        ratios = {
+            "speed_ratio": ours[0]["tokens_per_s"] / best["tokens_per_s"],
+            "memory_ratio": ours[0]["peak_memory_bytes"] / best["peak_memory_bytes"],
+        }
+    curves = [r["losses"] for r in runs]
+    apart = max(max(step) - min(step) for step in zip(*curves, strict=True))
+    return {"trainers": trainers, **ratios, "largest_loss_difference": apart}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown for the README."""
+    rows = ["| trainer | type | real tokens/s | padded tokens/s | share of GEMM roofline | peak memory |", "|---|---|--:|--:|--:|--:|"]
+    for name, t in record["summary"]["trainers"].items():
+        trainer, dtype = name.split(":")
+        label = "**lorabatch**" if trainer == "lorabatch" else "transformers + peft"
+        rows.append(
+            f"| {label} | {dtype} | {t['tokens_per_s']:.0f} | {t['padded_tokens_per_s']:.0f} | {t['roofline_share']:.0%} | {t['peak_memory_bytes'] / 1e9:.2f} GB |"
+        )
+    return "\n".join(rows)
+
+
+# The processes that train
+
+
+def run_worker(args: argparse.Namespace) -> dict[str, Any]:
+    from lorabatch import hub
+
+    hub.prepare_environment()
+    from lorabatch.corpus.packing import training_steps
+    from lorabatch.corpus.readers import read_documents
+    from lorabatch.corpus.tokens import tokenise
+    from lorabatch.measure.machine import measured_flops_per_s
+    from lorabatch.measure.roofline import training_flops
+    from lorabatch.measure.system import peak_memory_bytes
+    from lorabatch.model import load
+    from lorabatch.model.device import TYPES, choose_device, choose_dtype, choose_threads
+    from lorabatch.model.spec import spec_from_config
+
+    trainer, dtype_name = args.worker.split(":")
+    device, threads = choose_device(no_cuda=True), choose_threads(args.threads)
+    dtype = choose_dtype(dtype_name, device)
+    source = hub.find_model(args.base_model)
+    config = load.load_config(source.path)
+    texts = read_documents(args.documents, txt_format="auto", text_field="text")[: args.batch_size * (args.steps + 1) * 4]
+    corpus = tokenise(texts, load.load_tokenizer(source.path), max_len=args.max_len)
+    order = training_steps(len(corpus.documents), args.batch_size, epochs=1, seed=42)
+    batches = [[corpus.documents[i] for i in indices] for _, indices in order][: args.steps + 1]
+    begin = start_ours if trainer == "lorabatch" else start_theirs
+    step, lora_params = begin(source, config, dtype, device, args.adapter)
+    seconds, losses = [], []
+    for documents in batches:
+        start = time.perf_counter()
+        losses.append(step(documents))
+        seconds.append(time.perf_counter() - start)
+    peak = peak_memory_bytes()
+    measured = [d for batch in batches[1:] for d in batch]
+    tokens = sum(d.num_tokens for d in measured)
+    flops = training_flops(
+        spec_from_config(config),
+        tokens=tokens,
+        targets=sum(d.num_targets for d in measured),
+        squared_lengths=sum(d.num_tokens**2 for d in measured),
+        lora_params=lora_params,
+    )
+    ceiling = max(measured_flops_per_s(d, device) for d in (TYPES["fp32"], TYPES["bf16"]))
+    padded = sum(len(b) * max(d.num_tokens for d in b) for b in batches[1:])
+    total = sum(seconds[1:])
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": threads,
+        "losses": losses,
+        "step_s": seconds,
+        "tokens": tokens,
+        "tokens_per_s": tokens / total,
+        "padded_tokens_per_s": (padded if trainer == "peft" else tokens) / total,
+        "peak_memory_bytes": peak,
+        "ceiling_flops_per_s": ceiling,
+        "roofline_share": flops / total / ceiling,
+    }
+
+
+def start_ours(source: Any, config: Any, dtype: Any, device: Any, adapter: Path) -> Any:
+    """The product's own step; the first run also writes the adapter that everybody starts from."""
+    import torch
+
+    from lorabatch.config import TrainConfig
+    from lorabatch.model import load
+    from lorabatch.model.lora import LoraSettings, save_adapter
+    from lorabatch.train.loop import TrainState, _update
+
+    model = load.load_model(source, config, backend="native", dtype=dtype, device=device)
+    adapters = model.attach(LoraSettings(RANK, ALPHA), seed=42)
+    if not adapter.exists():
+        save_adapter(adapter, adapters.weights(), base_name=str(source.path), base_fingerprint=None, fan_in_fan_out=model.fan_in_fan_out)
+    settings = TrainConfig(max_grad_norm=1.0, lr=RATE)
+    optimizer = torch.optim.AdamW([adapters.flat], lr=RATE, weight_decay=0.0, fused=True)
+    state = TrainState()
+
+    def step(documents: Any) -> float:
+        return _update(model, adapters, optimizer, documents, settings, RATE, state)["loss"]
+
+    return step, adapters.num_params
+
+
+def start_theirs(source: Any, config: Any, dtype: Any, device: Any, adapter: Path) -> Any:
+    """A plain loop over transformers + peft: pad to the longest, labels -100 where nothing is learnt."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True)
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
+
+    def step(documents: Any) -> float:
+        longest = max(d.num_tokens for d in documents)
+        ids, mask = torch.zeros(len(documents), longest, dtype=torch.long), torch.zeros(len(documents), longest, dtype=torch.long)
+        labels = torch.full((len(documents), longest), -100)
+        for row, d in enumerate(documents):
+            ids[row, : d.num_tokens], mask[row, : d.num_tokens] = torch.from_numpy(d.token_ids), 1
+            labels[row, d.first_target : d.num_tokens] = torch.from_numpy(d.token_ids[d.first_target :])
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step, sum(p.numel() for p in trainable)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
