@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import LLAMA, VOCAB, save_model, tiny_model, variant_config
 
 from lorabatch.cli import main
@@ -286,12 +287,17 @@ def test_bench_infer_holds_each_batch_size_against_the_ceiling(tiny_llama_dir, t
     assert main(["bench", "infer", "--base_model", str(tiny_llama_dir), *sizes, "--output", str(output)]) == 0
     record = json.loads(output.read_text())
     table = capsys.readouterr().out
-    assert [row["batch_size"] for row in record["batches"]] == [1, 3] and record["config"]["repeats"] == 2
-    for row in record["batches"]:
-        assert row["min_tokens_per_s"] <= row["tokens_per_s"] <= row["max_tokens_per_s"]
-        assert row["tokens_per_s"] == pytest.approx(row["batch_size"] * 4 / row["batch_latency_p50_ms"] * 1e3)
-        assert row["share_of_ceiling"] == pytest.approx(row["tokens_per_s"] / row["ceiling_tokens_per_s"])
-        assert f"{row['ceiling_tokens_per_s']:.0f}" in table
+    assert [point["batch_size"] for point in record["points"]] == [1, 3] and record["config"]["repeats"] == 2 and record["knee"] in (1, 3)
+    for point in record["points"]:
+        rates, times = point["tokens_per_s"]["values"], point["batch_latency_ms"]["values"]
+        assert rates == pytest.approx([point["batch_size"] * 4 / ms * 1e3 for ms in times]) and len(rates) == 2
+        assert point["share_of_ceiling"] == pytest.approx(point["tokens_per_s"]["median"] / point["ceiling_tokens_per_s"])
+        assert f"{point['ceiling_tokens_per_s']:.0f}" in table
+    assert main(["bench", "infer", "--base_model", str(tiny_llama_dir), *sizes, "--threads_sweep", "1", "2", "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    assert [point["threads"] for point in record["points"]] == [1, 2] and 0 <= record["serial_share"] <= 1
+    assert torch.get_num_threads() == record["threads"], "as before"
+    assert main(["report", str(output), "--output_dir", str(tmp_path / "report")]) == 0
     assert main(["bench", "infer", "--base_model", str(tiny_llama_dir), "--input_tokens", "200"]) == 64
     assert main(["bench", "infer", "--batch_sizes", "0"]) == 64
 

@@ -106,7 +106,7 @@ def _compare(config: CompareConfig, extras: dict[str, Any], command: list[str]) 
 def _bench_infer(config: BenchInferConfig, extras: dict[str, Any], command: list[str]) -> int:
     from lorabatch.infer.bench import run_bench_infer
 
-    return run_bench_infer(config)
+    return run_bench_infer(config, command)
 
 
 Command = tuple[type[Settings], Callable[[Any, dict[str, Any], list[str]], int], dict[str, str]]

@@ -204,7 +204,8 @@ class BenchInferConfig(Settings):
     batch_sizes: tuple[int, ...] = setting((1, 4, 16, 64, 256), "requests that run at once", minimum=1)
     input_tokens: int = setting(32, "random tokens of each prompt", minimum=1)
     max_new_tokens: int = setting(32, "tokens generated per request", minimum=2)
-    repeats: int = setting(5, "measured batches of each size, in alternating order, after a warm-up", minimum=1)
+    repeats: int = setting(6, "measured batches of each size, in alternating order, after a warm-up (six give an interval)", minimum=1)
+    threads_sweep: tuple[int, ...] = setting((), "sweep these numbers of threads instead, at the first of --batch_sizes", minimum=1)
     output: str = setting("results/bench-infer.json", "JSON file for the figures of the table")
 
     dtype: str = setting("auto", "type of weights and KV cache", choices=DTYPES)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lorabatch import hub
 from lorabatch.config import BenchInferConfig
@@ -13,18 +17,18 @@ from lorabatch.errors import UsageError
 from lorabatch.infer.engine import Engine
 from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.infer.runner import NativeRunner
-from lorabatch.measure.environment import environment, gpu_description
+from lorabatch.measure.environment import gpu_description
 from lorabatch.measure.machine import measured_bytes_per_s, measured_flops_per_s
 from lorabatch.measure.roofline import decode_bytes
-from lorabatch.measure.statistics import percentile
+from lorabatch.measure.scaling import bench_record, sweep
 from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
 from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import ModelSpec
-from lorabatch.records import utc_now, write_json
+from lorabatch.records import write_json
 
 
-def run_bench_infer(config: BenchInferConfig) -> int:
+def run_bench_infer(config: BenchInferConfig, command: list[str]) -> int:
     """Measure, print the table, write its JSON twin."""
     hub.prepare_environment()
     source = hub.find_model(config.base_model)
@@ -34,26 +38,21 @@ def run_bench_infer(config: BenchInferConfig) -> int:
     assert isinstance(model, NativeModel)
     if config.input_tokens + config.max_new_tokens > model.max_positions:
         raise UsageError(f"the model has {model.max_positions} positions", where="--input_tokens", fix="give fewer tokens")
-    rates = measured_flops_per_s(dtype, device), measured_bytes_per_s(device)
-    rows = [
-        _row(size, seconds, model.spec, rates, config, dtype.itemsize)
-        for size, seconds in _measure(model, load.load_tokenizer(source.path), config).items()
-    ]
-    record = {
-        "schema_version": 1,
-        "kind": "bench infer",
-        "measured_at": utc_now(),
-        "config": config.to_dict(),
-        "environment": environment(),
-        "gpu": gpu_description(),
-        "model": source.name,
-        "dtype": TYPE_NAMES[dtype],
-        "device": str(device),
-        "threads": threads,
-        "flops_per_s": rates[0],
-        "bytes_per_s": rates[1],
-        "batches": rows,
-    }
+    name, levels = ("threads", config.threads_sweep) if config.threads_sweep else ("batch_size", config.batch_sizes)
+    points = _measure(model, load.load_tokenizer(source.path), config, name, levels)
+    for point in points:
+        torch.set_num_threads(point.get("threads", threads))
+        rates = measured_flops_per_s(dtype, device), measured_bytes_per_s(device)
+        size = point.get("batch_size", config.batch_sizes[0])
+        least_s, bound = ceiling_seconds(model.spec, size, config.input_tokens, config.max_new_tokens, rates, dtype.itemsize)
+        ceiling = size * config.max_new_tokens / least_s
+        point |= {"ceiling_tokens_per_s": ceiling, "share_of_ceiling": (point["tokens_per_s"]["median"] or 0) / ceiling, "bound": bound}
+    torch.set_num_threads(threads)
+    facts = {"gpu": gpu_description(), "dtype": TYPE_NAMES[dtype], "device": str(device), "threads": threads}
+    ceilings = {"flops_per_s": measured_flops_per_s(dtype, device), "bytes_per_s": measured_bytes_per_s(device)}
+    record = bench_record(
+        "bench infer", name, points, command=command, config=config.to_dict(), model={"name": source.name}, **facts, **ceilings
+    )
     path = Path(config.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
@@ -62,20 +61,27 @@ def run_bench_infer(config: BenchInferConfig) -> int:
     return 0
 
 
-def _measure(model: NativeModel, tokenizer: Any, config: BenchInferConfig) -> dict[int, list[float]]:
-    """Seconds of each repetition by batch size. The order of sizes turns around each time, so that a drift hits all alike."""
-    engines = {}
-    for size in config.batch_sizes:
+def _measure(model: NativeModel, tokenizer: Any, config: BenchInferConfig, name: str, levels: Sequence[int]) -> list[dict[str, Any]]:
+    """Points of ``measure.scaling.sweep``: whole batches, each level warmed up once before the first one counts."""
+    engines: dict[int, Engine] = {}
+    for size in config.batch_sizes if name == "batch_size" else config.batch_sizes[:1]:
         runner = NativeRunner(model, num_slots=size, capacity=config.input_tokens + config.max_new_tokens)
         engines[size] = Engine(runner, tokenizer, (), max_running=size, prefill_tokens=max(2048, config.input_tokens))
-    seconds: dict[int, list[float]] = {size: [] for size in engines}
-    for repetition in range(config.repeats + 1):
-        for size in list(engines)[:: 1 if repetition % 2 else -1]:
-            start = time.perf_counter()
-            engines[size].run(_requests(size, repetition, model.spec, config), lambda request: None)
-            if repetition:  # the first one warms up
-                seconds[size].append(time.perf_counter() - start)
-    return seconds
+    number = itertools.count()
+
+    def one_batch(level: int) -> dict[str, float | None]:
+        size = level if name == "batch_size" else config.batch_sizes[0]
+        if name == "threads":
+            torch.set_num_threads(level)
+        requests = _requests(size, next(number), model.spec, config)
+        start = time.perf_counter()
+        engines[size].run(requests, lambda request: None)
+        seconds = time.perf_counter() - start
+        return {"tokens_per_s": size * config.max_new_tokens / seconds, "batch_latency_ms": seconds * 1e3}
+
+    for level in levels:
+        one_batch(level)
+    return sweep(name, levels, config.repeats, one_batch)
 
 
 def _requests(size: int, repetition: int, spec: ModelSpec, config: BenchInferConfig) -> list[Request]:
@@ -105,37 +111,21 @@ def ceiling_seconds(
     return max(prefill_flops / flops_per_s, weight_s) + max(compute_s, memory_s), "compute" if compute_s > memory_s else "memory"
 
 
-def _row(
-    size: int, seconds: list[float], spec: ModelSpec, rates: tuple[float, float], config: BenchInferConfig, element_bytes: int
-) -> dict[str, Any]:
-    tokens = size * config.max_new_tokens
-    least_s, bound = ceiling_seconds(spec, size, config.input_tokens, config.max_new_tokens, rates, element_bytes)
-    median_s = percentile(seconds, 50)
-    assert median_s
-    return {
-        "batch_size": size,
-        "tokens_per_s": tokens / median_s,
-        "min_tokens_per_s": tokens / max(seconds),
-        "max_tokens_per_s": tokens / min(seconds),
-        "batch_latency_p50_ms": median_s * 1e3,
-        "batch_latency_p95_ms": (percentile(seconds, 95) or 0) * 1e3,
-        "ceiling_tokens_per_s": tokens / least_s,
-        "share_of_ceiling": least_s / median_s,
-        "bound": bound,
-    }
-
-
 def _print_table(record: dict[str, Any]) -> None:
-    config = record["config"]
+    config, name = record["config"], record["sweep"]
     print(
-        f"{record['model']}, {record['dtype']} on {record['device']}, {record['threads']} threads; prompts of {config['input_tokens']} tokens, "
-        f"{config['max_new_tokens']} new ones, median of {config['repeats']}; measured here: "
+        f"{record['model']['name']}, {record['dtype']} on {record['device']}, {record['threads']} threads; prompts of {config['input_tokens']} tokens, "
+        f"{config['max_new_tokens']} new ones, {config['repeats']} repetitions; measured here: "
         f"{record['flops_per_s'] / 1e9:.0f} Gflop/s, {record['bytes_per_s'] / 1e9:.1f} GB/s"
     )
-    heads = ("batch", "output tokens/s", "lowest", "highest", "p50 ms", "p95 ms", "ceiling", "share", "bound by")
+    heads = (name, "output tokens/s", "of 95 %: from", "to", "batch ms", "ceiling", "share", "bound by")
     print("\n" + "".join(f"{head:>{max(9, len(head) + 2)}}" for head in heads))
-    for row in record["batches"]:
-        numbers = [row[n] for n in ("tokens_per_s", "min_tokens_per_s", "max_tokens_per_s", "batch_latency_p50_ms", "batch_latency_p95_ms")]
-        texts = [str(row["batch_size"]), *(f"{n:.0f}" for n in (*numbers, row["ceiling_tokens_per_s"]))]
-        texts += [f"{row['share_of_ceiling']:.0%}", row["bound"]]
+    for point in record["points"]:
+        rate, latency = point["tokens_per_s"], point["batch_latency_ms"]["median"]
+        numbers = [rate["median"], rate["low"], rate["high"], latency, point["ceiling_tokens_per_s"]]
+        texts = [str(point[name]), *("-" if n is None else f"{n:.0f}" for n in numbers), f"{point['share_of_ceiling']:.0%}", point["bound"]]
         print("".join(f"{text:>{max(9, len(head) + 2)}}" for head, text in zip(heads, texts, strict=True)))
+    if record.get("knee") is not None:
+        print(f"\nknee: beyond {record['knee']} at once a doubling brings less than 1.5 times the throughput")
+    if record.get("serial_share") is not None:
+        print(f"\nserial share (Amdahl): {record['serial_share']:.1%}")

@@ -17,7 +17,6 @@ TIGHT = 0.9
 HEADROOM = 1.5  # of the memory used, in what we suggest to ask for
 IDLE_GPU_PERCENT = 60
 SHARE_WORTH_SAYING = 0.25
-PREEMPTIONS_PER_S = 200  # involuntary context switches of one process
 
 
 def advice(words: Words, runs: Sequence[Run], benches: Sequence[Bench]) -> list[str]:
@@ -57,9 +56,6 @@ def _cores(words: Words, run: Run) -> Iterator[str]:
     throttled = run.metric("throttled_share")
     if throttled is not None and throttled > 0.05:
         yield words("advice_throttled", run=run.label, share=words.quantity(throttled, "share"))
-    preempted = run.metric("involuntary_switches_per_s")
-    if preempted is not None and preempted > PREEMPTIONS_PER_S:
-        yield words("advice_preempted", run=run.label, count=words.number(preempted))
 
 
 def _gpu(words: Words, run: Run) -> Iterator[str]:

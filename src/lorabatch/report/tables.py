@@ -275,7 +275,7 @@ def sweep(words: Words, bench: Bench) -> Table:
     rows: list[list[Cell]] = []
     for point in bench.points:
         rate, level = point["tokens_per_s"], point[bench.sweep]
-        latency = (point.get("p50_e2el_ms") or {}).get("median")
+        latency = (point.get("batch_latency_ms") or {}).get("median")
         last = words.quantity(serial.get(str(level)), "share") if bench.sweep == "threads" else words.quantity(latency, "ms")
         times = words("not_applicable") if rate["median"] is None or not first else words.number(rate["median"] / first)
         rows.append([words.number(level), words.quantity(rate["median"], "tokens/s"), interval(rate), times, last])

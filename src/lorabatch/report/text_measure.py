@@ -24,10 +24,6 @@ MEASURE: dict[str, tuple[str, str]] = {
         "{run} was held back by its CPU quota for {share} of the time: fewer --threads, or a larger quota.",
         "{run} foi contida pela cota de CPU em {share} do tempo: menos --threads, ou uma cota maior.",
     ),
-    "advice_preempted": (
-        "{run} lost its cores to other processes {count} times a second: the node was shared, so its times are too long.",
-        "{run} perdeu seus núcleos para outros processos {count} vezes por segundo: o nó estava compartilhado, e seus tempos são longos demais.",
-    ),
     "advice_gpu_train": (
         "{run}: the GPU was idle {idle} of the time: larger --block_tokens or --batch_size.",
         "{run}: a GPU ficou ociosa {idle} do tempo: aumente --block_tokens ou --batch_size.",
@@ -84,7 +80,7 @@ MEASURE: dict[str, tuple[str, str]] = {
     "sweep_interval": ("Interval of the median", "Intervalo da mediana"),
     "sweep_speedup": ("Times the first row", "Vezes a primeira linha"),
     "sweep_karp_flatt": ("Serial share (Karp-Flatt)", "Fração serial (Karp-Flatt)"),
-    "sweep_latency": ("Time per request p50", "Tempo por requisição p50"),
+    "sweep_latency": ("Time per batch, median", "Tempo por lote, mediana"),
     "fig_sweep": (
         "Throughput by level, with intervals of the median; dotted: proportional growth from the first level; vertical line: the knee.",
         "Vazão por nível, com intervalos da mediana; pontilhado: crescimento proporcional a partir do primeiro nível; linha vertical: o joelho.",
