@@ -15,16 +15,18 @@ from lorabatch import hub
 from lorabatch.config import BenchInferConfig
 from lorabatch.errors import UsageError
 from lorabatch.infer.engine import Engine
+from lorabatch.infer.program import unsupported
 from lorabatch.infer.requests import Request, SamplingParams
-from lorabatch.infer.runner import NativeRunner
+from lorabatch.infer.runner import make_runner
 from lorabatch.measure.environment import gpu_description
 from lorabatch.measure.machine import measured_bytes_per_s, measured_flops_per_s
 from lorabatch.measure.roofline import decode_bytes
 from lorabatch.measure.scaling import bench_record, sweep
 from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
+from lorabatch.model.linear import Dense
 from lorabatch.model.native import NativeModel
-from lorabatch.model.spec import ModelSpec
+from lorabatch.model.spec import ModelSpec, spec_from_config
 from lorabatch.records import write_json
 
 
@@ -34,7 +36,11 @@ def run_bench_infer(config: BenchInferConfig, command: list[str]) -> int:
     source = hub.find_model(config.base_model)
     device, threads = choose_device(no_cuda=config.no_cuda), choose_threads(config.threads)
     dtype = choose_dtype(config.dtype, device)
-    model = load.load_model(source, load.load_config(source.path), backend="native", dtype=dtype, device=device)
+    model_config = load.load_config(source.path)
+    spec = spec_from_config(model_config)
+    programmed = spec is not None and unsupported(spec, dtype, device) is None  # packs the weights itself
+    product = (lambda weight, _: Dense(weight)) if programmed else None
+    model = load.load_model(source, model_config, backend="native", dtype=dtype, device=device, product=product)
     assert isinstance(model, NativeModel)
     if config.input_tokens + config.max_new_tokens > model.max_positions:
         raise UsageError(f"the model has {model.max_positions} positions", where="--input_tokens", fix="give fewer tokens")
@@ -65,8 +71,9 @@ def _measure(model: NativeModel, tokenizer: Any, config: BenchInferConfig, name:
     """Points of ``measure.scaling.sweep``: whole batches, each level warmed up once before the first one counts."""
     engines: dict[int, Engine] = {}
     for size in config.batch_sizes if name == "batch_size" else config.batch_sizes[:1]:
-        runner = NativeRunner(model, num_slots=size, capacity=config.input_tokens + config.max_new_tokens)
-        engines[size] = Engine(runner, tokenizer, (), max_running=size, prefill_tokens=max(2048, config.input_tokens))
+        capacity, prefill_tokens = config.input_tokens + config.max_new_tokens, max(2048, config.input_tokens)
+        runner = make_runner(model, num_slots=size, capacity=capacity, max_tokens=prefill_tokens + size)
+        engines[size] = Engine(runner, tokenizer, (), max_running=size, prefill_tokens=prefill_tokens)
     number = itertools.count()
 
     def one_batch(level: int) -> dict[str, float | None]:

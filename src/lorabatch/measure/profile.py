@@ -39,8 +39,10 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
         "load": ("lorabatch.model.load:load_model",),
         "tokenise": ("lorabatch.infer.feed:prepare",),
         STEP: ("lorabatch.infer.engine:Engine._step",),
-        FORWARD: ("lorabatch.infer.runner:NativeRunner.forward", "lorabatch.model.hf:HfRunner.forward"),
-        "choose token": ("lorabatch.infer.engine:Engine._choose",),
+        FORWARD: tuple(
+            f"lorabatch.{runner}.forward" for runner in ("infer.runner:ProgramRunner", "infer.runner:NativeRunner", "model.hf:HfRunner")
+        ),
+        "choose token": ("lorabatch.infer.engine:choose",),
         "text": ("lorabatch.infer.engine:Engine._text",),
         "write": ("lorabatch.records:JsonlWriter.write",),
     },

@@ -19,7 +19,7 @@ from lorabatch.errors import UnavailableError
 from lorabatch.records import JsonlWriter
 
 TICKS_PER_S, PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-PSS_EVERY = 10  # samples: the kernel walks every page of the process for it
+PSS_EVERY = 60  # samples: the kernel walks every page of the process for it
 IO_NAMES = {"rchar": "read_bytes", "wchar": "write_bytes", "read_bytes": "disk_read_bytes", "write_bytes": "disk_write_bytes"}
 COUNTERS = ("cpu_s", *IO_NAMES.values(), "throttled_s", "voluntary_switches", "involuntary_switches")
 GAUGES = ("rss_bytes", "pss_bytes", "processes", "os_threads", "gpu_util_percent", "gpu_memory_bytes", "gpu_power_w", "gpu_sm_mhz")
@@ -82,7 +82,7 @@ class SystemSampler:
         added, now = self._counted(), time.perf_counter()
         seconds, self._last = max(now - self._last, 1e-9), now
         gauges = {**self._tree.gauges, **self._gpu.sample()}
-        gauges["pss_bytes"] = self._tree.pss_bytes() if last or self._samples % PSS_EVERY == 0 else None
+        gauges["pss_bytes"] = self._tree.pss_bytes() if last or self._samples % PSS_EVERY == PSS_EVERY - 1 else None
         for name, kept in self._gauges.items():
             if (value := gauges.get(name)) is not None:
                 kept[:] = kept[0] + value, kept[1] + 1, max(kept[2], value)
