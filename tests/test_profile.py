@@ -42,8 +42,16 @@ def test_a_span_does_not_count_the_spans_inside_it(monkeypatch):
 
 
 def test_operators_are_grouped_and_the_summary_names_the_two_largest_costs():
-    operators = {"aten::addmm": 3.0, "mkldnn::_linear_pointwise": 1.0, "aten::copy_": 0.5, "aten::_fused_adamw_": 0.25, "aten::mul": 0.25}
+    operators = {
+        "lorabatch: decode": 2.0,
+        "aten::addmm": 3.0,
+        "mkldnn::_linear_pointwise": 1.0,
+        "aten::copy_": 0.5,
+        "aten::_fused_adamw_": 0.25,
+        "aten::mul": 0.25,
+    }
     groups = {
+        "own kernels and plain Python": 2.0,
         "matrix products": 4.0,
         "copies and type conversions": 0.5,
         "optimiser": 0.25,
@@ -54,7 +62,7 @@ def test_operators_are_grouped_and_the_summary_names_the_two_largest_costs():
     assert grouped(operators) == groups
     lines = summary("train", {"evaluate": 6.0, "backward": 3.0, "load": 1.0}, operators, {"mfu": 0.5, "measured_flops_per_s": 4e11})
     assert lines[0].startswith("10.0 s") and "60.0%" in lines[1]
-    assert "200.0 of 400.0 Gflop/s" in " ".join(lines)
+    assert "200.0 of 400.0 Gflop/s" in " ".join(lines) and "start-up: 1.0 s" in " ".join(lines)
     assert "--eval_every_steps" in lines[-2] and "[evaluate: 6.00 s, 60%]" in lines[-2] and "backward" in lines[-1]
     assert not any("Gflop" in line for line in summary("train", {"load": 1.0}, {}, {"mfu": None}))
 

@@ -1,11 +1,13 @@
 """Intervals, sweeps, Amdahl, Karp-Flatt and the knee on cases worked out by hand."""
 
+import json
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorabatch.cli import main
 from lorabatch.measure.scaling import (
     alternating,
     bench_record,
@@ -96,3 +98,16 @@ def test_a_record_says_what_was_swept_and_what_follows():
     points = [{"batch_size": p, "tokens_per_s": estimate([r])} for p, r in ((1, 100.0), (2, 120.0))]
     record = bench_record("bench infer", "batch_size", points, command=[], device="cpu")
     assert record["knee"] == 1 and record["environment"]["host"] and record["points"][1]["batch_size"] == 2
+
+
+def test_bench_train_measures_whole_steps(tiny_llama_dir, tmp_path, capsys):
+    output = tmp_path / "bench.json"
+    flags = ["--base_model", str(tiny_llama_dir), "--document_tokens", "16", "--repeats", "2", "--dtype", "fp32", "--output", str(output)]
+    assert main(["bench", "train", *flags, "--batch_sizes", "1", "3"]) == 0
+    record = json.loads(output.read_text())
+    assert [point["batch_size"] for point in record["points"]] == [1, 3] and record["knee"] in (1, 3)
+    for point in record["points"]:
+        tokens = [rate * ms / 1e3 for rate, ms in zip(point["tokens_per_s"]["values"], point["step_ms"]["values"], strict=True)]
+        assert tokens == pytest.approx([16 * point["batch_size"]] * 2)
+    assert main(["bench", "train", *flags, "--threads_sweep", "1", "2"]) == 0
+    assert [point["threads"] for point in json.loads(output.read_text())["points"]] == [1, 2] and "tokens/s" in capsys.readouterr().out

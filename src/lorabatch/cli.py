@@ -12,6 +12,7 @@ from lorabatch import __version__
 from lorabatch.config import (
     BenchInferConfig,
     BenchMachineConfig,
+    BenchTrainConfig,
     CompareConfig,
     DoctorConfig,
     FetchConfig,
@@ -103,6 +104,12 @@ def _compare(config: CompareConfig, extras: dict[str, Any], command: list[str]) 
     return 0
 
 
+def _bench_train(config: BenchTrainConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.train.bench import run_bench_train
+
+    return run_bench_train(config, command)
+
+
 def _bench_infer(config: BenchInferConfig, extras: dict[str, Any], command: list[str]) -> int:
     from lorabatch.infer.bench import run_bench_infer
 
@@ -121,6 +128,7 @@ COMMANDS: dict[str, Command] = {
     "profile train": (ProfileTrainConfig, _profile_train, {}),
     "profile infer": (ProfileInferConfig, _profile_infer, {}),
     "bench machine": (BenchMachineConfig, _bench_machine, {}),
+    "bench train": (BenchTrainConfig, _bench_train, {}),
     "bench infer": (BenchInferConfig, _bench_infer, {}),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}  # commands of two words

@@ -47,7 +47,9 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
         "write": ("lorabatch.records:JsonlWriter.write",),
     },
 }
+ONCE = ("outside spans", "read data", "tokenise", "load")  # start-up: a profile is short, so its share says nothing
 GROUPS = (  # of operators, by what their names contain; the first that fits
+    ("own kernels and plain Python", ("lorabatch: ",)),
     ("matrix products", ("mm", "linear", "conv", "AdaptedProduct", "FrozenProduct")),
     ("attention", ("attention", "flash", "softmax")),
     ("copies and type conversions", ("copy", "cat", "clone", "to_", "::to", "contiguous", "index", "gather", "fill", "zero")),
@@ -59,14 +61,10 @@ ADVICE = {  # phase -> what to change if it costs much
     "backward": "larger blocks keep the products busy (--block_tokens), a smaller rank makes the adapters cheaper (--lora_r)",
     "forward": "larger blocks keep the products busy (--block_tokens); --dtype bf16 where the processor has it",
     "optimiser": "more documents per update (--grad_accum_steps), or adapters on fewer layers (--target_modules attn)",
-    "tokenise": "shorter documents (--max_len), or the same run for more epochs: this is paid once",
-    "load": "paid once per process: put more work into one run (more steps, more prompts) instead of many short ones",
     "save": "save and evaluate less often (--eval_every_steps)",
     "prefill": "shorter prompts, or more of them at once (--prefill_tokens)",
     "decode": "more requests at once share each read of the weights (--batch_size; lorabatch bench infer finds the knee)",
     "choose token": "output head and sampling: greedy decoding (--temperature 0) and fewer filters cost less",
-    "read data": "a local copy of the files: a parallel file system is slow at small reads",
-    "outside spans": "mostly imports and start-up: paid once per process, so put more work into one run",
 }
 
 
@@ -204,10 +202,13 @@ def profile_run(kind: str, run: Callable[[], int], *, folder: Path, run_folder: 
 
 
 def operator_seconds(averages: Any) -> dict[str, float]:
-    """Seconds inside each operator itself, spans left out, largest first; device time where a device was used."""
+    """Seconds inside each operator itself, largest first; device time where a device was used.
+
+    A span's own seconds are those of our C++ kernels, which torch does not see, and of Python.
+    """
     found: dict[str, float] = {}
     for event in averages:
-        if not event.key.startswith(("lorabatch: ", "ProfilerStep")):
+        if not event.key.startswith("ProfilerStep"):
             found[event.key] = (getattr(event, "self_device_time_total", 0) or event.self_cpu_time_total) / 1e6
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -240,6 +241,8 @@ def summary(kind: str, phases: Mapping[str, float], operators: Mapping[str, floa
         lines.append(
             f"{what}: {metrics[share] * peak:.1f} of {peak:.1f} {unit} measured on this machine ({metrics[share]:.0%}, slowed by profiling)"
         )
+    once = sum(phases.get(name, 0.0) for name in ONCE)
+    lines.append(f"start-up: {once:.1f} s, paid once per process: put more work into one run")
     lines.append("what to change first:")
     worth = [(seconds, name) for name, seconds in ordered if name in ADVICE][:2]
     return lines + [f"  {i}. {ADVICE[name]} [{name}: {seconds:.2f} s, {seconds / total:.0%}]" for i, (seconds, name) in enumerate(worth, 1)]
