@@ -14,7 +14,7 @@ import pytest
 from test_cli import ROOT, TEXTS, start, wait_for_lines
 
 from lorabatch.cli import main
-from lorabatch.signals import Deadline, limit_seconds
+from lorabatch.signals import Deadline, limit_seconds, slurm_seconds
 from lorabatch.train import checkpoint
 
 STEPS = 12
@@ -237,6 +237,15 @@ def test_an_older_checkpoint_by_its_path_rewinds_the_run(two_checkpoints, uninte
     assert adapter_bytes(other)[0] == adapter_bytes(run)[0]
 
 
+def test_the_hf_backend_goes_on_with_the_same_bits(tiny_neox_dir, corpus, tmp_path):
+    argv = flags(tiny_neox_dir, corpus, tmp_path / "run", "--keep_checkpoints", 20)
+    assert main(argv) == 0
+    before = adapter_bytes(tmp_path / "run"), history(tmp_path / "run")
+    assert main([*argv, "--resume", str(tmp_path / "run" / "checkpoints" / "step-00000004")]) == 0
+    assert (adapter_bytes(tmp_path / "run"), history(tmp_path / "run")) == before
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["resumed_step"] == 4
+
+
 def test_only_the_newest_checkpoints_are_kept(uninterrupted):
     found = checkpoint.listed(uninterrupted / "fp32" / "checkpoints")
     assert [p.name for p in found] == ["step-00000011", "step-00000012"]
@@ -261,6 +270,7 @@ def test_deadlines(monkeypatch, capsys):
     for text in ("", "1:30", "0", "0:00:00", "-5", "1h", "1:2:3:4", "²"):
         with pytest.raises(Exception, match="give minutes"):
             limit_seconds(text)
+    assert [slurm_seconds(t) for t in ("59:30", "1:00:00", "2-03:00:05", "UNLIMITED", "")] == [3570, 3600, 183605, None, None]
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 600))
     assert Deadline.from_flag_and_slurm(None).source == "the end of the Slurm job"
     assert Deadline.from_flag_and_slurm("5").source == "--time_limit 5"

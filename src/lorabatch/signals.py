@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -54,13 +56,37 @@ class Deadline:
         found = [cls()]
         if time_limit is not None:
             found.append(cls(time.time() + limit_seconds(time_limit), f"--time_limit {time_limit}"))
-        slurm_end = os.environ.get("SLURM_JOB_END_TIME", "")
-        if slurm_end.isdigit():
-            if int(slurm_end) > time.time():
-                found.append(cls(float(slurm_end), "the end of the Slurm job"))
-            else:
-                print("warning: SLURM_JOB_END_TIME is in the past: ignored", file=sys.stderr)
+        slurm_end_s = _slurm_end_s()
+        if slurm_end_s is not None and slurm_end_s <= time.time():
+            print("warning: SLURM_JOB_END_TIME is in the past: ignored", file=sys.stderr)
+        elif slurm_end_s is not None:
+            found.append(cls(slurm_end_s, "the end of the Slurm job"))
         return min(found, key=lambda d: d.at_s)
+
+
+def _slurm_end_s() -> float | None:
+    """When this Slurm job ends: from its environment, or asked from squeue where that does not say."""
+    told = os.environ.get("SLURM_JOB_END_TIME", "")
+    if told.isdigit():
+        return float(told)
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_PROCID", "0") != "0":  # one question a job: all ranks stop when one does
+        return None
+    try:
+        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    left_s = slurm_seconds(asked.stdout.strip())
+    return None if left_s is None else time.time() + left_s
+
+
+def slurm_seconds(text: str) -> float | None:
+    """Slurm's ``[days-][hours:]minutes:seconds`` in seconds; None for UNLIMITED and the like. ``"2-03:00:05"`` is 183605."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(g or 0) for g in match.groups())
+    return ((days * 24.0 + hours) * 60 + minutes) * 60 + seconds
 
 
 def limit_seconds(text: str) -> float:

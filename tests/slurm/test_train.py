@@ -25,7 +25,7 @@ def test_two_tasks_of_a_step_train_one_adapter(cluster, experiment):
 
 
 def test_the_end_of_the_job_is_a_time_limit(cluster, experiment):
-    """One minute is the shortest that Slurm grants; training sees it in SLURM_JOB_END_TIME and leaves before it."""
+    """One minute is the shortest that Slurm grants; training learns it from Slurm and leaves before it."""
     folder = cluster.project / "results/wall"
     endless = ["--epochs", "1000000", "--max_steps", "1000000", "--eval_every_steps", "1000000"]
     done = cluster.run("srun", "-n1", "-t1", *train(cluster, experiment, folder, *endless), check=False)

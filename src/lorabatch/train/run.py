@@ -58,6 +58,12 @@ def default_save_dir(base_model: str) -> Path:
 
 def run_training(config: TrainConfig, command: list[str]) -> int:
     """Returns the exit code; raises LorabatchError for what the user can mend."""
+    with StopSignals() as signals:  # from the start: loading may take minutes
+        return _checked(config, command, signals)
+
+
+def _checked(config: TrainConfig, command: list[str], signals: StopSignals) -> int:
+    """What is wrong with the input shows here, before anything is loaded."""
     hub.prepare_environment()
     deadline = Deadline.from_flag_and_slurm(config.time_limit)
     train_documents = read_documents(Path(config.train_path), txt_format=config.txt_format, text_field=config.text_field)
@@ -66,7 +72,7 @@ def run_training(config: TrainConfig, command: list[str]) -> int:
         val_documents = read_documents(Path(config.val_path), txt_format=config.txt_format, text_field=config.text_field)
     source = hub.find_model(config.base_model)
     save_dir = Path(config.save_dir) if config.save_dir else default_save_dir(config.base_model)
-    with StopSignals() as signals, _joined(config) as ranks:
+    with _joined(config) as ranks:
         if ranks.from_first(ranks.is_first and _is_done(config, save_dir)):
             print(f"{save_dir}: this run is complete; nothing to do")
             return 0
