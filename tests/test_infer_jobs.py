@@ -1,6 +1,7 @@
 """Runs of inference as jobs: what goes in and out, what a kill, a full disk or too little memory leaves behind."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LLAMA, VOCAB, save_model, tiny_model, variant_config
+from helpers import LLAMA, VOCAB, native, save_model, tiny_model, tiny_tokenizer, variant_config
 
 from lorabatch.cli import main
 from lorabatch.infer.bench import ceiling_seconds
+from lorabatch.infer.program import unsupported
 from lorabatch.model.spec import spec_from_config
 from lorabatch.records import read_jsonl
 
@@ -144,6 +146,7 @@ import torch
 from transformers import AutoTokenizer
 from lorabatch.cli import main
 from lorabatch.infer.bench import ceiling_seconds
+from lorabatch.infer.program import unsupported
 from lorabatch.model.spec import spec_from_config
 import lorabatch.infer.session, lorabatch.infer.sink
 
@@ -240,6 +243,7 @@ import resource, sys
 import lorabatch.infer.session, lorabatch.infer.sink
 from lorabatch.cli import main
 from lorabatch.infer.bench import ceiling_seconds
+from lorabatch.infer.program import unsupported
 from lorabatch.model.spec import spec_from_config
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + {spare}, used + {spare}))
@@ -306,7 +310,25 @@ def test_ceiling_by_hand():
     spec = spec_from_config(variant_config("llama"))
     head, params, kv = 64 * VOCAB, spec.num_matmul_params, spec.kv_elements_per_token
     prefill = 2 * 10 * ((params - head) * 5 + head)
-    seconds, bound = ceiling_seconds(spec, 10, 5, 3, (1.0, 1e12), 4)  # arithmetic is all that takes time
+    seconds, bound = ceiling_seconds(spec, 10, 5, 3, (1.0, 1e12), (4, 2))  # arithmetic is all that takes time
     assert (bound, seconds) == ("compute", pytest.approx(prefill + 2 * 2 * 10 * params))
-    seconds, bound = ceiling_seconds(spec, 10, 5, 3, (1e15, 1.0), 4)  # memory is
-    assert (bound, seconds) == ("memory", pytest.approx(4 * params + 4 * (2 * params + 10 * (5 + 6) * kv)))
+    seconds, bound = ceiling_seconds(spec, 10, 5, 3, (1e15, 1.0), (4, 2))  # memory is
+    assert (bound, seconds) == ("memory", pytest.approx(4 * params + 4 * 2 * params + 2 * 10 * (5 + 6) * kv))
+
+
+def test_quality_of_int8_is_measured_on_the_true_tokens(tiny_llama_dir, tmp_path, capsys):
+    reference = native(tiny_model("llama"))
+    if why := unsupported(reference.spec, torch.float32, torch.device("cpu"), quantize="int8"):
+        pytest.skip(why)
+    texts = ["The patient has a fever and a cough.", "O paciente tem febre; a pressão está alta."]
+    (tmp_path / "d.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    command = ["bench", "infer", "--base_model", tiny_llama_dir, "--quality", tmp_path / "d.txt", "--dtype", "fp32"]
+    assert main([*map(str, command), "--output", str(tmp_path / "q.json")]) == 0
+    record = json.loads((tmp_path / "q.json").read_text())
+    ids = [torch.tensor(tiny_tokenizer()(text)["input_ids"]) for text in texts]
+    with torch.no_grad():
+        nll = float(reference.loss_sum(ids, [1, 1]))
+    assert record["bits_per_byte"] == pytest.approx(nll / math.log(2) / record["bytes"], rel=1e-4)
+    assert record["tokens"] == sum(len(i) - 1 for i in ids) and record["documents"] == 2
+    assert 0 < abs(record["int8_bits_per_byte"] / record["bits_per_byte"] - 1) < 0.05
+    assert 0.5 < record["greedy_agreement"] <= 1 and f"{record['greedy_agreement']:.2%}" in capsys.readouterr().out

@@ -226,6 +226,9 @@ class BenchInferConfig(Settings):
     threads_sweep: tuple[int, ...] = setting((), "sweep these numbers of threads instead, at the first of --batch_sizes", minimum=1)
     output: str = setting("results/bench-infer.json", "JSON file for the figures of the table")
 
+    quality: str | None = setting(None, "instead: bits per byte and greedy agreement of exact and int8 on this file's documents")
+    max_documents: int = setting(100, "--quality: use only the first N documents", minimum=1)
+    quantize: str = setting("none", "int8: 8-bit weights and activations on a CPU", choices=("none", "int8"))
     dtype: str = setting("auto", "type of weights and KV cache", choices=DTYPES)
     no_cuda: bool = setting(False, "stay on the CPU")
     threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)
