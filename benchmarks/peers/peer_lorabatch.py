@@ -1,34 +1,49 @@
-"""This project's own engine, through the same pipe as the others."""
+"""This project's own engine with the defaults of `lorabatch infer`, through the same pipe as the others."""
 
 from protocol import has_no_mode, serve
+
+SLOT_TOKENS = 256  # slots are made in multiples of this, so that the warm-up's serve the measured rounds too
 
 
 def load(options):
     import torch
 
+    from lorabatch.config import InferConfig
     from lorabatch.hub import ModelSource
     from lorabatch.infer.engine import Engine
+    from lorabatch.infer.program import unsupported
     from lorabatch.infer.requests import Request, SamplingParams
-    from lorabatch.infer.runner import NativeRunner
+    from lorabatch.infer.runner import make_runner
     from lorabatch.model.device import TYPE_NAMES, choose_dtype, choose_threads
     from lorabatch.model.load import load_config, load_model, load_tokenizer
+    from lorabatch.model.spec import spec_from_config
 
-    if options.mode == "int8":
-        has_no_mode("no int8 yet")
+    config = InferConfig(quantize={"exact": "none", "int8": "int8"}[options.mode])
     device = torch.device("cpu")
-    dtype = choose_dtype("auto", device)
+    dtype = choose_dtype(config.dtype, device)
     choose_threads(options.threads)
-    model = load_model(ModelSource("", options.model), load_config(options.model), backend="native", dtype=dtype, device=device)
+    model_config = load_config(options.model)
+    lacking = unsupported(spec_from_config(model_config), dtype, device, quantize=config.quantize)
+    if lacking and config.quantize != "none":
+        has_no_mode(lacking)
+    source = ModelSource("", options.model)
+    model = load_model(source, model_config, backend="native", dtype=dtype, device=device, prepack=bool(lacking))
     tokenizer = load_tokenizer(options.model)
+    engine = size = None
 
     def generate(prompts, max_new_tokens):
+        nonlocal engine, size
+        num_slots, capacity = len(prompts), -(-(max(map(len, prompts)) + max_new_tokens) // SLOT_TOKENS) * SLOT_TOKENS
+        if size != (num_slots, capacity):  # in the warm-up
+            size, max_tokens = (num_slots, capacity), config.prefill_tokens + num_slots
+            runner = make_runner(model, num_slots=num_slots, capacity=capacity, max_tokens=max_tokens, quantize=config.quantize)
+            engine = Engine(runner, tokenizer, (), max_running=num_slots, prefill_tokens=config.prefill_tokens)
         params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
         requests = [Request(str(i), i, "", params, token_ids=ids, max_new_tokens=max_new_tokens) for i, ids in enumerate(prompts)]
-        runner = NativeRunner(model, num_slots=len(prompts), capacity=max(map(len, prompts)) + max_new_tokens)
-        Engine(runner, tokenizer, (), max_running=len(prompts), prefill_tokens=4096).run(requests, lambda request: None)
+        engine.run(requests, lambda request: None)
         return [request.output_ids for request in requests]
 
-    return generate, TYPE_NAMES[dtype]
+    return generate, TYPE_NAMES[dtype] if options.mode == "exact" else "int8"
 
 
 if __name__ == "__main__":
