@@ -27,7 +27,7 @@ def load(options):
     if lacking and config.quantize != "none":
         has_no_mode(lacking)
     source = ModelSource("", options.model)
-    model = load_model(source, model_config, backend="native", dtype=dtype, device=device, prepack=bool(lacking))
+    model = load_model(source, model_config, backend="native", dtype=dtype, device=device)
     tokenizer = load_tokenizer(options.model)
     engine = size = None
 
