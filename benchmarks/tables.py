@@ -23,6 +23,18 @@ NAMES = {
     "ctranslate2": "CTranslate2",
     "llamacpp": "llama.cpp",
 }
+WORDS = {
+    "en": {
+        "repeated": "4 short prompts, repeated",
+        "distinct": "distinct prompts",
+        "note": "{cpu}, {threads} threads, commit {commit}, {date}. In brackets: how many times as fast lorabatch was in the same sitting.",
+    },
+    "pt": {
+        "repeated": "4 prompts curtos, repetidos",
+        "distinct": "prompts distintos",
+        "note": "{cpu}, {threads} threads, commit {commit}, {date}. Entre parênteses: quantas vezes o lorabatch foi mais rápido na mesma sessão.",
+    },
+}
 Sitting = dict[str, Any]
 
 
@@ -74,9 +86,11 @@ def markdown(header: list[str], body: list[list[str]], align: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, [marks[a] for a in align], *body])
 
 
-def infer_summary(results: dict[str, Any]) -> str:
+def infer_summary(results: dict[str, Any], language: str) -> str:
     """Tokens/s per engine and batch size, and behind it how many times as fast lorabatch was in the same sitting."""
-    parts = []
+    words, last = WORDS[language], results["sittings"][-1]
+    where = last["environment"]
+    parts = [words["note"].format(cpu=where["cpu"], threads=last["threads"], commit=where["git"]["commit"][:7], date=last["at"][:10])]
     for workload in ("repeated", "distinct"):
         sittings = [s for s in results["sittings"] if s["workload"] == workload]
         sizes = sorted({s["batch_size"] for s in sittings})
@@ -90,17 +104,19 @@ def infer_summary(results: dict[str, Any]) -> str:
                 line.append(f"**{shown}**" if engine == "lorabatch" and rate else shown + (f" ({ratio:.2f}x)" if ratio else ""))
             body.append(line)
         if body:
-            parts.append(markdown([f"{workload} prompts", "", *map(str, sizes)], body, "ll" + "r" * len(sizes)))
+            parts.append(markdown([words[workload], "", *map(str, sizes)], body, "ll" + "r" * len(sizes)))
     return "\n\n".join(parts)
 
 
-def infer_full(results: dict[str, Any]) -> str:
+def infer_full(results: dict[str, Any], language: str) -> str:
     """One line per engine, mode, workload and batch size, with everything that was measured."""
     body = []
     for workload in ("repeated", "distinct"):
         sittings = [s for s in results["sittings"] if s["workload"] == workload]
         exact = {
-            s["batch_size"]: s["engines"]["lorabatch"] for s in sittings if s["mode"] == "exact" and "seconds" in s["engines"]["lorabatch"]
+            s["batch_size"]: s["engines"]["lorabatch"]
+            for s in sittings
+            if s["mode"] == "exact" and "seconds" in s["engines"].get("lorabatch", {})
         }
         for mode, engine, found in rows(sittings):
             for size in sorted({r["batch_size"] for r in found}):
@@ -124,7 +140,7 @@ def infer_full(results: dict[str, Any]) -> str:
     return markdown(header, body, "llrrrrrr")
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any], str], str]]] = {
     "infer": ("infer", infer_summary),
     "infer-full": ("infer", infer_full),
 }
@@ -141,7 +157,7 @@ def main() -> None:
         text = page.read_text(encoding="utf-8")
         for name, (kind, render) in TABLES.items():
             if f"<!-- bench:{name} -->" in text:
-                text = insert(text, name, render(newest(kind)))
+                text = insert(text, name, render(newest(kind), "pt" if page.stem.endswith("pt-BR") else "en"))
         page.write_text(text, encoding="utf-8")
 
 

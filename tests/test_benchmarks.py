@@ -25,7 +25,8 @@ def engine(seconds, tokens=128, first_tokens=("1 2 3 4",), dtype="bf16"):
 
 
 def sitting(engines, mode="exact", batch_size=2):
-    return {"mode": mode, "workload": "repeated", "batch_size": batch_size, "engines": engines}
+    facts = {"at": "2026-11-24T10:00:00Z", "threads": 2, "environment": {"cpu": "a CPU", "git": {"commit": "12345678"}}}
+    return facts | {"mode": mode, "workload": "repeated", "batch_size": batch_size, "engines": engines}
 
 
 def test_ratios_are_taken_within_a_sitting():
@@ -40,7 +41,8 @@ def test_ratios_are_taken_within_a_sitting():
 
 def test_a_missing_engine_has_no_row():
     results = {"sittings": [sitting({"lorabatch": engine([1.0]), "openvino": engine([2.0]), "vllm": {"missing": "not installed"}})]}
-    summary, full = tables.infer_summary(results), tables.infer_full(results)
+    summary, full = tables.infer_summary(results, "en"), tables.infer_full(results, "en")
+    assert summary.startswith("a CPU, 2 threads, commit 1234567, 2026-11-24.")
     assert "| OpenVINO GenAI | bf16 | 64 (2.00x) |" in summary
     assert "vLLM" not in summary + full
     assert "| **lorabatch** | bf16 | **128** |" in summary
