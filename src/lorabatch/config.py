@@ -115,6 +115,8 @@ class InferConfig(Settings):
     max_len: int | None = setting(None, "longest prompt + completion in tokens (default: the model's limit)", minimum=2)
     long_prompt: str = setting("error", "a prompt that does not fit", choices=("error", "truncate_left", "truncate_right"))
     prefill_tokens: int = setting(2048, "prompt tokens that enter the model in one step", minimum=1)
+    order: str = setting("arrival", "which requests run first; results are the same", choices=("arrival", "longest"))
+    speculate: int = setting(0, "tokens guessed ahead from the text itself (greedy requests; results are the same)", minimum=0, maximum=32)
 
     dtype: str = setting("auto", "type of weights and KV cache", choices=DTYPES)
     quantize: str = setting("none", "int8: 8-bit weights and activations on a CPU, faster and nearly exact", choices=("none", "int8"))

@@ -6,12 +6,14 @@ import time
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.infer.runner import Runner
 from lorabatch.infer.sampling import choose
-from lorabatch.infer.scheduler import Batch, Scheduler
+from lorabatch.infer.scheduler import Batch, Copy, Piece, Scheduler
+from lorabatch.infer.speculation import Lookup
 from lorabatch.model.attention import Segment
 
 STOP_TAIL_TOKENS = 16  # a stop string may begin this many tokens plus its length before the newest one
@@ -19,7 +21,10 @@ STOP_TAIL_TOKENS = 16  # a stop string may begin this many tokens plus its lengt
 
 @dataclass
 class PassStats:
-    """What one pass over the requests cost. Seconds and counts; ``gaps_s``: every gap between two tokens of a request."""
+    """What one pass over the requests cost. Seconds and counts; ``gaps_s``: every gap between two tokens of a request.
+
+    A step that reads any prompt counts as prefill, with the tokens that decode along in it; decode figures are of the others.
+    """
 
     begin_s: float = 0.0  # on the clock of ``perf_counter``
     duration_s: float = 0.0
@@ -30,15 +35,33 @@ class PassStats:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     decode_kv_tokens: int = 0  # cached tokens read by all decode steps together
+    shared_tokens: int = 0  # prompt tokens that were taken over from another request's slot
+    guessed_tokens: int = 0  # read ahead by speculation
+    accepted_tokens: int = 0  # of these, right
     gaps_s: array[float] = field(default_factory=lambda: array("d"))
 
 
 class Engine:
-    """Runs requests to their end. ``tokenizer``: transformers'; ``eos_ids``: tokens that end a completion."""
+    """Runs requests to their end. ``tokenizer``: transformers'; ``eos_ids``: tokens that end a completion.
 
-    def __init__(self, runner: Runner, tokenizer: Any, eos_ids: Iterable[int], *, max_running: int, prefill_tokens: int) -> None:
+    ``speculate``: tokens guessed ahead per greedy request and step (see ``lorabatch.infer.speculation``); 0: none.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Any,
+        eos_ids: Iterable[int],
+        *,
+        max_running: int,
+        prefill_tokens: int,
+        longest_first: bool = False,
+        speculate: int = 0,
+    ) -> None:
         self._runner, self._tokenizer, self._eos_ids = runner, tokenizer, frozenset(eos_ids)
-        self._max_running, self._prefill_tokens = max_running, prefill_tokens
+        self._max_running, self._prefill_tokens, self._longest_first = max_running, prefill_tokens, longest_first
+        self._speculate = 0 if runner.static else speculate
+        self._lookups: dict[int, Lookup] = {}  # by identity of the request
 
     def run(
         self,
@@ -53,54 +76,94 @@ class Engine:
         Returns early if a stop is requested. Every request counts as submitted when the pass begins; ``stats`` of an
         earlier part of the same pass are added to.
         """
-        scheduler = Scheduler(requests, max_running=self._max_running, prefill_tokens=self._prefill_tokens, static=self._runner.static)
+        scheduler = Scheduler(
+            requests,
+            max_running=self._max_running,
+            prefill_tokens=self._prefill_tokens,
+            static=self._runner.static,
+            longest_first=self._longest_first,
+        )
         stats = stats or PassStats(begin_s=time.perf_counter())
         while scheduler.has_work and not stop_requested():
             batch = scheduler.next_batch()
-            token_ids = self._step(batch, stats)
-            finished = self._advance(batch, token_ids, stats)
-            for move in scheduler.release(finished):
-                self._runner.copy(move.source, move.target, move.length)
+            self._copy(batch.copies)
+            stats.shared_tokens += sum(c.length for c in batch.copies)
+            finished = self._advance(batch, self._step(batch, stats), stats)
+            self._copy(scheduler.release(finished))
             for request in finished:
+                self._lookups.pop(id(request), None)
                 on_finish(request)
         stats.duration_s = time.perf_counter() - stats.begin_s
         return stats
 
-    def _step(self, batch: Batch, stats: PassStats) -> list[int]:
-        """One forward pass and the sampling of one token per request."""
+    def _copy(self, copies: Iterable[Copy]) -> None:
+        for copy in copies:
+            self._runner.copy(copy.source, copy.target, copy.length)
+
+    def _step(self, batch: Batch, stats: PassStats) -> list[list[int]]:
+        """One forward pass. For each piece that yields a token: that token and those that its right guesses add."""
         start = time.perf_counter()
-        if batch.is_prefill:
-            segments = [Segment(r.slot, 0, r.token_ids) for r in batch.requests]
-            for request in batch.requests:
-                request.submitted_s, request.started_s = stats.begin_s, start
-        else:
-            segments = [Segment(r.slot, r.num_tokens - 1, r.output_ids[-1:]) for r in batch.requests]
-        token_ids = choose(self._runner, self._runner.forward(segments), batch.requests)
-        seconds = time.perf_counter() - start
-        if batch.is_prefill:
+        for request in batch.admitted:
+            request.submitted_s, request.started_s = stats.begin_s, start
+        segments, owners = [], []
+        for piece in batch.pieces:
+            segment = self._segment(piece)
+            segments.append(segment)
+            owners += [piece.request] * segment.num_logits
+        hidden = self._runner.forward(segments)
+        chosen = iter(choose(self._runner, hidden, owners) if owners else ())
+        tokens = [self._accepted(s, list(islice(chosen, s.num_logits)), stats) for s in segments if s.num_logits]
+        self._count(batch, segments, tokens, time.perf_counter() - start, stats)
+        return tokens
+
+    def _segment(self, piece: Piece) -> Segment:
+        request = piece.request
+        if piece.is_prompt:
+            return Segment(request.slot, piece.start, request.token_ids[piece.start : piece.stop], num_logits=int(piece.yields_token))
+        token_ids = request.output_ids[-1:]
+        room = min(self._speculate, request.max_new_tokens - len(request.output_ids) - 1)
+        if room > 0 and request.params.likeliest:
+            lookup = self._lookups.setdefault(id(request), Lookup())
+            token_ids = token_ids + lookup.guess(request.token_ids, request.output_ids, room)
+        return Segment(request.slot, piece.start, token_ids, num_logits=len(token_ids))
+
+    @staticmethod
+    def _accepted(segment: Segment, chosen: list[int], stats: PassStats) -> list[int]:
+        """The chosen tokens up to and with the first that contradicts the guess behind it."""
+        guesses = segment.token_ids[-segment.num_logits :][1:]
+        right = next((i for i, guess in enumerate(guesses) if guess != chosen[i]), len(guesses))
+        stats.guessed_tokens += len(guesses)
+        stats.accepted_tokens += right
+        return chosen[: right + 1]
+
+    @staticmethod
+    def _count(batch: Batch, segments: list[Segment], tokens: list[list[int]], seconds: float, stats: PassStats) -> None:
+        if any(piece.is_prompt for piece in batch.pieces):
             stats.prefill_s += seconds
             stats.prefill_steps += 1
-            stats.prefill_tokens += sum(len(s.token_ids) for s in segments)
+            stats.prefill_tokens += sum(p.stop - p.start for p in batch.pieces if p.is_prompt)
         else:
             stats.decode_s += seconds
             stats.decode_steps += 1
-            stats.decode_tokens += len(segments)
+            stats.decode_tokens += sum(map(len, tokens))
             stats.decode_kv_tokens += sum(s.start for s in segments)
-        return token_ids
 
-    def _advance(self, batch: Batch, token_ids: list[int], stats: PassStats) -> list[Request]:
-        """Append each request's token; returns those that are done."""
+    def _advance(self, batch: Batch, tokens: list[list[int]], stats: PassStats) -> list[Request]:
+        """Append the tokens of each request; returns those that are done."""
         now = time.perf_counter()
         finished = []
-        for request, token_id in zip(batch.requests, token_ids, strict=True):
-            request.output_ids.append(token_id)
-            if len(request.output_ids) == 1:
-                request.first_token_s = now
-            else:
-                stats.gaps_s.append(now - request.last_token_s)
-            request.last_token_s = now
-            if self._is_done(request, token_id):
-                finished.append(request)
+        for request, new in zip((p.request for p in batch.pieces if p.yields_token), tokens, strict=True):
+            for token_id in new:
+                request.output_ids.append(token_id)
+                if len(request.output_ids) == 1:
+                    request.first_token_s = now
+                else:
+                    stats.gaps_s.append(now - request.last_token_s)
+                request.last_token_s = now
+                if self._is_done(request, token_id):
+                    finished.append(request)
+                    break
+            request.cached = request.num_tokens - 1
         return finished
 
     def _is_done(self, request: Request, token_id: int) -> bool:

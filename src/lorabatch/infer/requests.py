@@ -69,7 +69,9 @@ class Request:
     counts: dict[int, int] = field(default_factory=dict)  # token id -> how often it was generated; see sampling
     truncated: str | None = None  # the policy that shortened the prompt
     max_new_tokens: int = 0  # params.max_new_tokens, or what fits behind the prompt
+    adapter: str | None = None  # name among --adapters; None: the base, or the one that is merged in
     slot: int = -1
+    cached: int = 0  # tokens that the slot holds
     text: str = ""
     finish_reason: str | None = None
     submitted_s: float = 0.0

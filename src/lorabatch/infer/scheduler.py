@@ -1,51 +1,81 @@
-"""Which requests run next. Plain Python over lengths and slots; it touches no tensor.
+"""Which tokens of which requests the next step reads. Plain Python over lengths and slots; it touches no tensor.
 
-The rule: whenever slots are free and requests wait, the next step is a prefill of as many of
-them as fit into the free slots and the token budget; otherwise every running request decodes
-one token. Requests join and leave between steps, so the batch stays full until the queue is dry.
+The rule: in every step each request past its prompt reads its newest token, and prompts are read
+along, oldest slot first, until ``prefill_tokens`` of them are in the step; a longer prompt is cut
+and goes on in the next one. So nobody who generates waits for somebody else's prompt, the weights
+are read once for both, and a step is never larger than prompt budget + one token per slot.
+Requests join and leave between steps: the batch stays full until the queue is dry.
 
-Slots are kept dense: running requests occupy slots 0 .. n-1, so that decoding works on the first
-n rows of the cache without gathering. When a request leaves, the last one moves into its place.
+Slots are kept dense: running requests occupy slots 0 .. n-1, so that the first n rows of the cache
+are used without gathering. When a request leaves, the last one moves into its place.
+
+A newcomer whose prompt begins like that of a running request takes over the part that is already
+cached there. If much more of it is just being read, the newcomer lets others pass and comes when
+it is there. Exact: what a position holds depends on the tokens up to it and on nothing else.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from lorabatch.infer.requests import Request
 
-
-@dataclass(frozen=True)
-class Batch:
-    """One forward pass: a prefill of whole prompts, or one token for each running request."""
-
-    is_prefill: bool
-    requests: tuple[Request, ...]
+MIN_SHARED = 16  # tokens; for fewer a copy costs more than it saves
+LOOKAHEAD = 1024  # requests that "longest" sorts at once; a block is finished before the next is looked at
 
 
 @dataclass(frozen=True)
-class Move:
-    """What slot ``source`` holds, ``length`` positions, is from now on in slot ``target``."""
+class Piece:
+    """Tokens ``start:stop`` of a request's prompt and completion, read in this step."""
+
+    request: Request
+    start: int
+    stop: int
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.start < len(self.request.token_ids)
+
+    @property
+    def yields_token(self) -> bool:
+        """Whether it ends with the newest token, so that the next one can be chosen."""
+        return self.stop == self.request.num_tokens
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The first ``length`` positions of slot ``source`` are to be in slot ``target`` too."""
 
     source: int
     target: int
     length: int
 
 
-class Scheduler:
-    """``requests`` may be endless: only as many as there are slots are taken ahead of need.
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass; the copies, in order, come before it."""
 
-    ``static``: admit only when nothing runs (for models whose cache cannot take newcomers).
+    pieces: tuple[Piece, ...]
+    copies: tuple[Copy, ...]
+    admitted: tuple[Request, ...]  # have a slot since this step
+
+
+class Scheduler:
+    """``requests`` may be endless: only as many as there are slots (LOOKAHEAD with ``longest_first``) are taken ahead.
+
+    ``static``: admit only when nothing runs, and whole prompts (for models whose cache cannot take newcomers).
     """
 
-    def __init__(self, requests: Iterable[Request], *, max_running: int, prefill_tokens: int, static: bool = False) -> None:
+    def __init__(
+        self, requests: Iterable[Request], *, max_running: int, prefill_tokens: int, static: bool = False, longest_first: bool = False
+    ) -> None:
         self._source = iter(requests)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # index = slot
-        self._max_running, self._prefill_tokens, self._static = max_running, prefill_tokens, static
+        self._max_running, self._prefill_tokens, self._static, self._longest_first = max_running, prefill_tokens, static, longest_first
         self._refill()
 
     @property
@@ -53,40 +83,73 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def next_batch(self) -> Batch:
-        admitted = self._admit()
-        if admitted:
-            return Batch(True, tuple(admitted))
-        return Batch(False, tuple(self.running))
+        """The requests' ``cached`` counts what their slots hold once the step is done."""
+        num_before = len(self.running)
+        copies = self._admit()
+        pieces, budget = [], self._prefill_tokens
+        for request in self.running:
+            start, stop = request.cached, request.num_tokens
+            if start < len(request.token_ids) and not self._static:
+                stop = min(stop, start + budget)
+                budget -= stop - start
+            if stop > start:
+                pieces.append(Piece(request, start, stop))
+                request.cached = stop
+        return Batch(tuple(pieces), tuple(copies), tuple(self.running[num_before:]))
 
-    def _admit(self) -> list[Request]:
-        """Waiting requests for the free slots; one is always let in, however long, so none can starve."""
-        admitted: list[Request] = []
-        budget = self._prefill_tokens
+    def _admit(self) -> list[Copy]:
+        """Fill free slots while the prompts that are being read leave some of the step's budget."""
+        copies: list[Copy] = []
         if self._static and self.running:
-            return admitted
-        while self.waiting and len(self.running) < self._max_running:
-            cost = len(self.waiting[0].token_ids)
-            if admitted and cost > budget and not self._static:
-                break
+            return copies
+        unread = sum(max(0, len(r.token_ids) - r.cached) for r in self.running)
+        passed = []
+        while self.waiting and len(self.running) < self._max_running and (self._static or unread < self._prefill_tokens):
             request = self.waiting.popleft()
-            request.slot = len(self.running)
-            self.running.append(request)
-            admitted.append(request)
-            budget -= cost
-            self._refill()
-        return admitted
+            donor, request.cached, soon = (None, 0, 0) if self._static else self._shared_prefix(request)
+            if soon - request.cached >= MIN_SHARED:
+                passed.append(request)
+            else:
+                request.slot = len(self.running)
+                if donor is not None:
+                    copies.append(Copy(donor.slot, request.slot, request.cached))
+                self.running.append(request)
+                unread += len(request.token_ids) - request.cached
+                self._refill(passed=len(passed))
+        self.waiting.extendleft(reversed(passed))
+        return copies
 
-    def _refill(self) -> None:
-        self.waiting.extend(islice(self._source, self._max_running - len(self.waiting)))
+    def _shared_prefix(self, request: Request) -> tuple[Request | None, int, int]:
+        """(running request with the longest cached common beginning, its length now, its length once all have read)."""
+        donor, now, soon = None, 0, 0
+        own, most = request.token_ids, len(request.token_ids) - 1  # the last token is read in any case: its result is wanted
+        for other in self.running:
+            if other.adapter == request.adapter and other.token_ids[:MIN_SHARED] == own[:MIN_SHARED]:
+                common = min(common_length(own, other.token_ids), most)
+                soon = max(soon, common)
+                if min(common, other.cached) > max(now, MIN_SHARED - 1):
+                    donor, now = other, min(common, other.cached)
+        return donor, now, soon
 
-    def release(self, finished: Iterable[Request]) -> list[Move]:
-        """Free the slots of finished requests; returns the moves that the cache must follow, in order."""
-        moves = []
+    def _refill(self, passed: int = 0) -> None:
+        if not self._longest_first:
+            self.waiting.extend(islice(self._source, self._max_running - len(self.waiting) - passed))
+        elif not self.waiting and not passed:
+            self.waiting.extend(sorted(islice(self._source, LOOKAHEAD), key=lambda r: -r.num_positions))
+
+    def release(self, finished: Iterable[Request]) -> list[Copy]:
+        """Free the slots of finished requests; returns the copies that the cache must follow, in order."""
+        copies = []
         for request in sorted(finished, key=lambda r: -r.slot):
             last = self.running.pop()
             if last is not request:
-                moves.append(Move(last.slot, request.slot, last.num_tokens - 1))
+                copies.append(Copy(last.slot, request.slot, last.cached))
                 last.slot = request.slot
                 self.running[request.slot] = last
             request.slot = -1
-        return moves
+        return copies
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

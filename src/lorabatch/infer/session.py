@@ -114,7 +114,15 @@ class Session:
                 max_tokens=self._config.prefill_tokens + self.num_slots,
                 quantize=self._config.quantize,
             )
-        return Engine(runner, self._tokenizer, self._eos_ids, max_running=self.num_slots, prefill_tokens=self._config.prefill_tokens)
+        return Engine(
+            runner,
+            self._tokenizer,
+            self._eos_ids,
+            max_running=self.num_slots,
+            prefill_tokens=self._config.prefill_tokens,
+            longest_first=self._config.order == "longest",
+            speculate=self._config.speculate,
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,100 @@
+"""A request's tokens are its own: the same alone, in any batch, in any order, cut, shared or guessed ahead."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import EOS_ID, native, random_ids, tiny_model, tiny_tokenizer
+
+from lorabatch import hub
+from lorabatch.infer.engine import Engine
+from lorabatch.infer.requests import Request, SamplingParams
+from lorabatch.infer.runner import NativeRunner, make_runner
+from lorabatch.model.load import load_config, load_model, load_tokenizer
+
+SAMPLE = Path(__file__).parents[1] / "data_sample"
+GREEDY = SamplingParams(ignore_eos=True)
+
+
+def complete(runner, prompts, new, *, slots, order=None, tokenizer=None, settings=GREEDY, **options):
+    """(output ids of each prompt, what the pass cost), run in ``order``; ``new``: tokens for each."""
+    requests = [
+        Request(str(i), i, "", settings, token_ids=list(p), max_new_tokens=n) for i, (p, n) in enumerate(zip(prompts, new, strict=True))
+    ]
+    engine = Engine(runner, tokenizer or tiny_tokenizer(), [EOS_ID], max_running=slots, **{"prefill_tokens": 64} | options)
+    finished = []
+    stats = engine.run([requests[i] for i in order or range(len(requests))], finished.append)
+    assert len(finished) == len(requests)
+    return [r.output_ids for r in requests], stats
+
+
+@pytest.fixture(scope="module", params=["plain", "kernels"])
+def toy(request):
+    model = native(tiny_model("llama"))
+    if request.param == "plain":
+        return NativeRunner(model, num_slots=6, capacity=128)
+    runner = make_runner(model, num_slots=6, capacity=128, max_tokens=64)
+    return pytest.skip("no kernels on this machine") if isinstance(runner, NativeRunner) else runner
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Two groups that share a beginning, copies of one prompt, and loners."""
+    system, *rest = (ids.tolist() for ids in random_ids([40, 9, 20, 1, 33, 70, 3, 12], seed=11))
+    return [system + rest[0], system + rest[1], rest[3], system + rest[2], rest[4], rest[5], *[rest[4]] * 3, system + rest[6]]
+
+
+NEW = [12, 20, 16, 9, 25, 14, 8, 8, 30, 11]
+
+
+@pytest.mark.parametrize(
+    ("slots", "options"),
+    [(6, {}), (3, {"prefill_tokens": 7}), (6, {"longest_first": True}), (4, {"speculate": 4}), (6, {"speculate": 7, "prefill_tokens": 20})],
+)
+def test_no_way_of_running_changes_a_token(toy, prompts, slots, options):
+    expected = [complete(toy, [p], [n], slots=1)[0][0] for p, n in zip(prompts, NEW, strict=True)]
+    assert len({tuple(e) for e in expected}) >= 7, "a constant output would prove little"
+    order = random.Random(slots).sample(range(len(prompts)), len(prompts))
+    got, stats = complete(toy, prompts, NEW, slots=slots, order=order, **options)
+    assert got == expected
+    assert stats.shared_tokens > 0
+    assert (stats.guessed_tokens > 0) == ("speculate" in options)
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch_either(toy, prompts):
+    settings = SamplingParams(temperature=0.9, ignore_eos=True, seed=5)
+    expected = [complete(toy, [p], [n], slots=1, settings=settings)[0][0] for p, n in zip(prompts, NEW, strict=True)]
+    assert complete(toy, prompts, NEW, slots=5, settings=settings, prefill_tokens=16, speculate=3)[0] == expected
+
+
+def test_a_guess_beyond_the_end_is_not_counted(toy):
+    """A stop in the middle of accepted guesses ends the request there."""
+    prompt = random_ids([12], seed=3)[0].tolist()
+    free = complete(toy, [prompt], [40], slots=1)[0][0]
+    stop = SamplingParams(stop_token_ids=(free[20],), ignore_eos=True)
+    expected = free[: free.index(free[20]) + 1]
+    assert complete(toy, [prompt], [40], slots=1, settings=stop, speculate=8)[0][0] == expected
+
+
+@pytest.mark.slow
+def test_real_model_200_prompts_are_the_same_in_every_way():
+    source = hub.find_model("smollm2-135m")
+    config, tokenizer = load_config(source.path), load_tokenizer(source.path)
+    instruction = "You are a careful assistant who answers questions of patients in one short sentence. "
+    words, texts = random.Random(0), [line for line in (SAMPLE / "prompts.txt").read_text(encoding="utf-8").splitlines() if line]
+    while len(texts) < 200:
+        texts.append(
+            instruction + f"What should one know about {words.choice(['fever', 'asthma', 'insulin', 'sleep'])} at age {len(texts)}?"
+        )
+    ids = [tokenizer(t)["input_ids"] for t in texts[:200]]
+    new = [3 + i % 4 for i in range(200)]
+    model = load_model(source, config, backend="native", dtype=torch.bfloat16, device=torch.device("cpu"))
+    runner = make_runner(model, num_slots=64, capacity=128, max_tokens=2112)
+    expected, _ = complete(runner, ids, new, slots=1, tokenizer=tokenizer, prefill_tokens=2048)
+    order = random.Random(1).sample(range(200), 200)
+    for options in ({"prefill_tokens": 2048}, {"prefill_tokens": 100, "longest_first": True, "speculate": 4}):
+        got, stats = complete(runner, ids, new, slots=64, order=order, tokenizer=tokenizer, **options)
+        assert got == expected
+        assert stats.shared_tokens > 1000
+    assert stats.accepted_tokens > 0
