@@ -115,6 +115,7 @@ class InferConfig(Settings):
     max_len: int | None = setting(None, "longest prompt + completion in tokens (default: the model's limit)", minimum=2)
     long_prompt: str = setting("error", "a prompt that does not fit", choices=("error", "truncate_left", "truncate_right"))
     prefill_tokens: int = setting(2048, "prompt tokens that enter the model in one step", minimum=1)
+    adapters: tuple[str, ...] = setting((), "several adapters in one run: NAME=DIR each; a .jsonl request names its own in 'adapter'")
     order: str = setting("arrival", "which requests run first; results are the same", choices=("arrival", "longest"))
     speculate: int = setting(0, "tokens guessed ahead from the text itself (greedy requests; results are the same)", minimum=0, maximum=32)
 

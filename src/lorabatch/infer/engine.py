@@ -119,13 +119,19 @@ class Engine:
     def _segment(self, piece: Piece) -> Segment:
         request = piece.request
         if piece.is_prompt:
-            return Segment(request.slot, piece.start, request.token_ids[piece.start : piece.stop], num_logits=int(piece.yields_token))
+            return Segment(
+                request.slot,
+                piece.start,
+                request.token_ids[piece.start : piece.stop],
+                adapter=request.adapter_row,
+                num_logits=int(piece.yields_token),
+            )
         token_ids = request.output_ids[-1:]
         room = min(self._speculate, request.max_new_tokens - len(request.output_ids) - 1)
         if room > 0 and request.params.likeliest:
             lookup = self._lookups.setdefault(id(request), Lookup())
             token_ids = token_ids + lookup.guess(request.token_ids, request.output_ids, room)
-        return Segment(request.slot, piece.start, token_ids, num_logits=len(token_ids))
+        return Segment(request.slot, piece.start, token_ids, adapter=request.adapter_row, num_logits=len(token_ids))
 
     @staticmethod
     def _accepted(segment: Segment, chosen: list[int], stats: PassStats) -> list[int]:

@@ -20,6 +20,7 @@ from lorabatch.config import InferConfig
 from lorabatch.corpus.readers import QA_PROMPT, check_file, jsonl_rows, numbered_lines
 from lorabatch.errors import DataError, LorabatchError, nearest
 from lorabatch.infer import openai_batch
+from lorabatch.infer.adapters import AdapterNames
 from lorabatch.infer.requests import Request, SamplingParams
 
 PARAM_TYPES: dict[str, type] = {
@@ -37,7 +38,7 @@ PARAM_TYPES: dict[str, type] = {
     "n": int,
 }
 LIST_TYPES: dict[str, type] = {"stop": str, "stop_token_ids": int}
-ROW_FIELDS = ("id", "prompt", "question", "messages", *PARAM_TYPES, *LIST_TYPES)
+ROW_FIELDS = ("id", "prompt", "question", "messages", "adapter", *PARAM_TYPES, *LIST_TYPES)
 
 
 class PromptFile:
@@ -54,6 +55,7 @@ class PromptFile:
         if path.suffix.lower() not in (".txt", ".jsonl"):
             raise DataError(f"unknown kind of file '{path.suffix}'", where=path, fix="give .txt (one prompt a line) or .jsonl")
         self._path, self._config = path, config
+        self.adapters = AdapterNames.parse(config.adapters)
         self._defaults = SamplingParams(**{f.name: getattr(config, f.name) for f in fields(SamplingParams)})
         self.ignored: set[str] = set()
         self.longest_bytes = self.most_new_tokens = 0
@@ -108,6 +110,8 @@ class PromptFile:
                 text = _typed(row, name, str)
                 request.prompt = QA_PROMPT.format(question=text) if name == "question" else text
             request.params = _row_params(row, request.params)
+            request.adapter = None if row.get("adapter") is None else _typed(row, "adapter", str)
+            request.adapter_row = self.adapters.row(request.adapter)
         except LorabatchError as error:
             request.error = request.error or str(error)
         return request

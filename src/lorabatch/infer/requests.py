@@ -70,6 +70,7 @@ class Request:
     truncated: str | None = None  # the policy that shortened the prompt
     max_new_tokens: int = 0  # params.max_new_tokens, or what fits behind the prompt
     adapter: str | None = None  # name among --adapters; None: the base, or the one that is merged in
+    adapter_row: int = -1  # its place among --adapters
     slot: int = -1
     cached: int = 0  # tokens that the slot holds
     text: str = ""
@@ -92,7 +93,7 @@ class Request:
     def key(self, work_key: str) -> str:
         """Identity for --resume, 16 hexadecimal digits: id, content and parameters; ``work_key``: model, adapter and limits."""
         prompt = self.prompt if self.messages is None else list(self.messages)  # as given, before the chat template
-        what = [self.id, self.sample, prompt, astuple(self.params), work_key]
+        what = [self.id, self.sample, prompt, astuple(self.params), self.adapter, work_key]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def restarted(self) -> Request:
@@ -110,7 +111,7 @@ def completion_record(request: Request, tokenizer: Any, *, key: str, adapter: st
         "id": request.id,
         "prompt": request.prompt,
         "text": request.text,
-        "adapter": adapter,
+        "adapter": request.adapter or adapter,
         "seed": request.params.seed,
         "sample": request.sample,
         "input_tokens": len(request.token_ids),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,9 +22,11 @@ from lorabatch.records import JsonlWriter, RunFolder, write_json
 from lorabatch.signals import StopSignals
 
 if TYPE_CHECKING:
+    from lorabatch.infer.adapters import AdapterNames
     from lorabatch.infer.feed import Feed
     from lorabatch.infer.metrics import Latencies
     from lorabatch.infer.session import Session
+    from lorabatch.model.lora import LoraWeights
 
 
 def default_output_dir(config: InferConfig) -> Path:
@@ -43,6 +45,8 @@ def run_inference(config: InferConfig, command: list[str]) -> int:
     if prompts.ignored:
         print(f"ignored fields of the prompts: {', '.join(sorted(prompts.ignored))}")
     adapter_dir = Path(config.adapter_dir) if config.adapter_dir and config.adapter_dir != "none" else None
+    if adapter_dir is not None and config.adapters:
+        raise UsageError("one adapter for all or one for each request, not both", where="--adapter_dir --adapters", fix="leave one out")
     if adapter_dir is not None and not adapter_dir.is_dir():
         raise DataError("no such folder", where=f"--adapter_dir {adapter_dir}", fix="train first, or leave the flag out for the base model")
     source = hub.find_model(config.base_model)
@@ -97,15 +101,18 @@ class _Loaded:
     tokenizer: Any
     eos_ids: frozenset[int]
     adapter: str | None
+    bank: tuple[LoraWeights, ...]  # of --adapters, in their order
     work_key: str  # what, besides a request itself, its completion depends on
     limit: int  # positions of prompt and completion together
 
 
-def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_dir: Path | None) -> _Loaded:
+def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_dir: Path | None, names: AdapterNames) -> _Loaded:
     from lorabatch.infer.program import unsupported
     from lorabatch.model import load
     from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
     from lorabatch.model.linear import Dense
+    from lorabatch.model.lora import linear_shapes, load_adapter
+    from lorabatch.model.native import NativeModel
     from lorabatch.model.spec import spec_from_config
 
     device = choose_device(no_cuda=config.no_cuda)
@@ -126,6 +133,11 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
         adapter_dir=adapter_dir,
         product=None if lacking else lambda weight, _: Dense(weight),  # the program packs them itself
     )
+    if names.folders and lacking:
+        raise UnavailableError(f"not in one batch here: {lacking}", where="--adapters", fix="run them one after another with --adapter_dir")
+    bank: tuple[LoraWeights, ...] = ()
+    if isinstance(model, NativeModel):
+        bank = tuple(load_adapter(d, linear_shapes(model.decoder), base_fingerprint=model.base_fingerprint) for d in names.folders.values())
     limit = min(model.max_positions, config.max_len or model.max_positions)
     adapter = str(adapter_dir) if adapter_dir else None
     run.save(
@@ -139,10 +151,17 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
     )
     precision = TYPE_NAMES[dtype] if config.quantize == "none" else f"{config.quantize} weights, {TYPE_NAMES[dtype]} cache"
     kernels = ", own kernels" if lacking is None else ""
-    print(f"base {source.name} ({precision} on {device}, {threads} threads{kernels}), adapter {f'{adapter} merged' if adapter else 'none'}")
+    print(f"base {source.name} ({precision} on {device}, {threads} threads{kernels}), {_adapter_words(adapter, bank)}")
     base = f"{source.name} {model.base_fingerprint or source.revision}"
     work_key = f"{base} {_adapter_key(model, adapter_dir)} {TYPE_NAMES[dtype]} {config.quantize} {limit} {config.long_prompt}"
-    return _Loaded(model, tokenizer, load.end_tokens(source.path, model_config, tokenizer), adapter, work_key, limit)
+    work_key += "".join(f" {name}={weights.digest()}" for name, weights in zip(names.folders, bank, strict=True))
+    return _Loaded(model, tokenizer, load.end_tokens(source.path, model_config, tokenizer), adapter, bank, work_key, limit)
+
+
+def _adapter_words(merged: str | None, bank: Sequence[LoraWeights]) -> str:
+    if bank:
+        return f"{len(bank)} adapters, unmerged, chosen by each request"
+    return f"adapter {merged} merged" if merged else "no adapter"
 
 
 def _infer(
@@ -159,7 +178,7 @@ def _infer(
         from lorabatch.infer import metrics, sink
         from lorabatch.infer.session import Session
 
-        loaded = _load(run, config, source, adapter_dir)
+        loaded = _load(run, config, source, adapter_dir, prompts.adapters)
         phases.end("load")
         completions = run.path / "completions.jsonl"
         done, failed = sink.finished_earlier(completions, prompts, loaded.work_key)
@@ -168,7 +187,13 @@ def _infer(
             feed = work.feed(record=True)
             num_left = len(prompts) - sum(done)
             session = Session(
-                loaded.model, loaded.tokenizer, loaded.eos_ids, config, num_requests=num_left, capacity=feed.likely_capacity()
+                loaded.model,
+                loaded.tokenizer,
+                loaded.eos_ids,
+                config,
+                num_requests=num_left,
+                capacity=feed.likely_capacity(),
+                bank=loaded.bank,
             )
             phases.end("tokenise")
             if config.iters > 1:

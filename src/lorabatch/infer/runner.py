@@ -17,6 +17,7 @@ from lorabatch.errors import UnavailableError
 from lorabatch.infer.kv_cache import CacheAttention, KVCache, pages
 from lorabatch.infer.program import Program, group_size, unsupported
 from lorabatch.model.attention import Segment
+from lorabatch.model.lora import LoraWeights
 from lorabatch.model.native import NativeModel
 
 
@@ -74,10 +75,19 @@ class NativeRunner:
 class ProgramRunner:
     static = False
 
-    def __init__(self, model: NativeModel, *, num_slots: int, capacity: int, max_tokens: int, quantize: str = "none") -> None:
+    def __init__(
+        self,
+        model: NativeModel,
+        *,
+        num_slots: int,
+        capacity: int,
+        max_tokens: int,
+        quantize: str = "none",
+        adapters: Sequence[LoraWeights] = (),
+    ) -> None:
         """max_tokens: of one call of the kernels; larger steps are cut, which changes no bit."""
         self.cache = KVCache(model.spec, num_slots=num_slots, capacity=capacity, dtype=model.decoder.dtype, device=model.decoder.device)
-        self._program = Program(model.decoder, cache=self.cache.data, max_tokens=max_tokens, quantize=quantize)
+        self._program = Program(model.decoder, cache=self.cache.data, max_tokens=max_tokens, quantize=quantize, adapters=adapters)
         self._group_size, self._max_tokens = group_size(model.spec), max_tokens
         self.logits, self.greedy = self._program.logits, self._program.greedy
 
@@ -129,11 +139,15 @@ def _cut(segments: Sequence[Segment], max_tokens: int) -> Iterator[list[Segment]
         yield piece
 
 
-def make_runner(model: NativeModel, *, num_slots: int, capacity: int, max_tokens: int, quantize: str = "none") -> Runner:
+def make_runner(
+    model: NativeModel, *, num_slots: int, capacity: int, max_tokens: int, quantize: str = "none", adapters: Sequence[LoraWeights] = ()
+) -> Runner:
     """The fastest runner of this machine for this model. UnavailableError if ``quantize`` needs kernels that are not there."""
     why = unsupported(model.spec, model.decoder.dtype, model.decoder.device, quantize=quantize)
     if why is None:
-        return ProgramRunner(model, num_slots=num_slots, capacity=capacity, max_tokens=max_tokens, quantize=quantize)
+        return ProgramRunner(model, num_slots=num_slots, capacity=capacity, max_tokens=max_tokens, quantize=quantize, adapters=adapters)
+    if adapters:
+        raise UnavailableError(f"not in one batch here: {why}", where="--adapters", fix="run them one after another with --adapter_dir")
     if quantize != "none":
         raise UnavailableError(f"not possible here: {why}", where=f"--quantize {quantize}", fix="use --quantize none")
     return NativeRunner(model, num_slots=num_slots, capacity=capacity)

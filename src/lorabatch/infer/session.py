@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -21,6 +21,7 @@ from lorabatch.infer.requests import Request
 from lorabatch.infer.runner import Runner, make_runner
 from lorabatch.model.hf import HfModel
 from lorabatch.model.load import Model
+from lorabatch.model.lora import LoraWeights
 from lorabatch.model.native import NativeModel
 
 KV_SHARE = 0.7  # of the free memory; activations need the rest
@@ -30,9 +31,18 @@ class Session:
     """``num_slots``: requests at once; ``capacity``: tokens of each slot. Both change when memory or a request demands it."""
 
     def __init__(
-        self, model: Model, tokenizer: Any, eos_ids: frozenset[int], config: InferConfig, *, num_requests: int, capacity: int
+        self,
+        model: Model,
+        tokenizer: Any,
+        eos_ids: frozenset[int],
+        config: InferConfig,
+        *,
+        num_requests: int,
+        capacity: int,
+        bank: Sequence[LoraWeights] = (),
     ) -> None:
         self._model, self._tokenizer, self._eos_ids, self._config = model, tokenizer, eos_ids, config
+        self._bank = bank
         self.num_slots, self.capacity = max(1, min(config.batch_size, num_requests)), capacity
         if config.deterministic:
             self._make_deterministic()
@@ -113,6 +123,7 @@ class Session:
                 capacity=self.capacity,
                 max_tokens=self._config.prefill_tokens + self.num_slots,
                 quantize=self._config.quantize,
+                adapters=self._bank,
             )
         return Engine(
             runner,

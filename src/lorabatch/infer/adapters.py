@@ -1,0 +1,43 @@
+"""Several adapters in one run: ``--adapters NAME=DIR …``, chosen per request by its field ``adapter``.
+
+They stay unmerged: every row of a batch gets its own low-rank product (``LOW_RANK`` in ``kernels/step.cpp``), so requests for
+different adapters share the base's products. One adapter alone is cheaper merged: ``--adapter_dir``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorabatch.errors import DataError, UsageError, nearest
+
+
+@dataclass(frozen=True)
+class AdapterNames:
+    """The names in the order of the flag; a request's row in the bank is its name's place here."""
+
+    folders: dict[str, Path]
+
+    @classmethod
+    def parse(cls, entries: Sequence[str]) -> AdapterNames:
+        """``NAME=DIR`` each. UsageError for another form or a name given twice, DataError for a folder that is not there."""
+        folders: dict[str, Path] = {}
+        for entry in entries:
+            name, equals, folder = entry.partition("=")
+            if not equals or not name or not folder:
+                raise UsageError("is not NAME=DIR", where=f"--adapters {entry}", fix="for example --adapters cardio=results/lora-cardio")
+            if name in folders:
+                raise UsageError("this name is there twice", where=f"--adapters {entry}", fix="give each adapter its own name")
+            if not Path(folder).is_dir():
+                raise DataError("no such folder", where=f"--adapters {entry}", fix="train first, or correct the path")
+            folders[name] = Path(folder)
+        return cls(folders)
+
+    def row(self, name: str | None) -> int:
+        """Place of an adapter in the bank, -1 for None. DataError for a name that is not there: the request's error, not the run's."""
+        if name is None:
+            return -1
+        if name not in self.folders:
+            raise DataError(f"unknown adapter '{name}' ({nearest(name, self.folders) if self.folders else 'no --adapters were given'})")
+        return list(self.folders).index(name)
