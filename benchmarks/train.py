@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 TRAINERS = ("lorabatch:auto", "peft:bf16", "peft:fp32")
 LOSS_TOLERANCE = 0.01  # nats per token, any step, any two runs: bf16 rounds a logit of 20 by up to 0.06; fp32 runs agree to 1e-4
-RANK, ALPHA, RATE = 16, 32.0, 2e-4
+RANK, ALPHA, RATE, SEED, WARM_UP = 16, 32.0, 2e-4, 42, 2
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--documents", type=Path, default=ROOT / "data_sample" / "train.txt")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), metavar="NAME:DTYPE")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of a run, after one warm-up step")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of a run, after two to warm up")
     parser.add_argument("--batch_size", type=int, default=8, help="documents per step")
     parser.add_argument("--max_len", type=int, default=512)
     parser.add_argument("--threads", type=int, default=None)
@@ -45,6 +45,9 @@ def main() -> int:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.worker == "adapter":
+        write_first_adapter(args)
+        return 0
     if args.worker:
         print(json.dumps(run_worker(args)))
         return 0
@@ -67,6 +70,7 @@ def compare(args: argparse.Namespace) -> int:
     record |= {"schema_version": 1, "kind": "train", "settings": settings, "environment": here}
     first_round = max((r["round"] for r in record["runs"]), default=0) + 1
     with tempfile.TemporaryDirectory() as scratch:
+        spawn(args, "adapter", Path(scratch) / "adapter")
         for number in range(first_round, first_round + args.rounds):
             for trainer in args.trainers:
                 run = {"trainer": trainer, "round": number} | spawn(args, trainer, Path(scratch) / "adapter")
@@ -91,7 +95,7 @@ def spawn(args: argparse.Namespace, trainer: str, adapter: Path) -> dict[str, An
         if getattr(args, name) is not None:
             command += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return {} if trainer == "adapter" else json.loads(done.stdout.splitlines()[-1])
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,10 +153,10 @@ def run_worker(args: argparse.Namespace) -> dict[str, Any]:
     dtype = choose_dtype(dtype_name, device)
     source = hub.find_model(args.base_model)
     config = load.load_config(source.path)
-    texts = read_documents(args.documents, txt_format="auto", text_field="text")[: args.batch_size * (args.steps + 1) * 4]
+    texts = read_documents(args.documents, txt_format="auto", text_field="text")[: args.batch_size * (args.steps + WARM_UP) * 4]
     corpus = tokenise(texts, load.load_tokenizer(source.path), max_len=args.max_len)
-    order = training_steps(len(corpus.documents), args.batch_size, epochs=1, seed=42)
-    batches = [[corpus.documents[i] for i in indices] for _, indices in order][: args.steps + 1]
+    order = training_steps(len(corpus.documents), args.batch_size, epochs=1, seed=SEED)
+    batches = [[corpus.documents[i] for i in indices] for _, indices in order][: args.steps + WARM_UP]
     begin = start_ours if trainer == "lorabatch" else start_theirs
     step, lora_params = begin(source, config, dtype, device, args.adapter)
     seconds, losses = [], []
@@ -161,7 +165,7 @@ def run_worker(args: argparse.Namespace) -> dict[str, Any]:
         losses.append(step(documents))
         seconds.append(time.perf_counter() - start)
     peak = peak_memory_bytes()
-    measured = [d for batch in batches[1:] for d in batch]
+    measured = [d for batch in batches[WARM_UP:] for d in batch]
     tokens = sum(d.num_tokens for d in measured)
     flops = training_flops(
         spec_from_config(config),
@@ -171,8 +175,8 @@ def run_worker(args: argparse.Namespace) -> dict[str, Any]:
         lora_params=lora_params,
     )
     ceiling = max(measured_flops_per_s(d, device) for d in (TYPES["fp32"], TYPES["bf16"]))
-    padded = sum(len(b) * max(d.num_tokens for d in b) for b in batches[1:])
-    total = sum(seconds[1:])
+    padded = sum(len(b) * max(d.num_tokens for d in b) for b in batches[WARM_UP:])
+    total = sum(seconds[WARM_UP:])
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,
@@ -188,26 +192,39 @@ def run_worker(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def start_ours(source: Any, config: Any, dtype: Any, device: Any, adapter: Path) -> Any:
-    """The product's own step; the first run also writes the adapter that everybody starts from."""
-    import torch
-
+    """The product's own step."""
     from lorabatch.config import TrainConfig
     from lorabatch.model import load
-    from lorabatch.model.lora import LoraSettings, save_adapter
-    from lorabatch.train.loop import TrainState, _update
+    from lorabatch.model.lora import LoraSettings, load_adapter
+    from lorabatch.train.loop import _update
+    from lorabatch.train.ranks import Ranks
+    from lorabatch.train.state import Learner
 
     model = load.load_model(source, config, backend="native", dtype=dtype, device=device)
-    adapters = model.attach(LoraSettings(RANK, ALPHA), seed=42)
-    if not adapter.exists():
-        save_adapter(adapter, adapters.weights(), base_name=str(source.path), base_fingerprint=None, fan_in_fan_out=model.fan_in_fan_out)
-    settings = TrainConfig(max_grad_norm=1.0, lr=RATE)
-    optimizer = torch.optim.AdamW([adapters.flat], lr=RATE, weight_decay=0.0, fused=True)
-    state = TrainState()
+    adapters = model.attach(LoraSettings(RANK, ALPHA), seed=SEED)  # the seed that wrote ``adapter``
+    settings = TrainConfig(lr=RATE, lora_r=RANK, lora_alpha=ALPHA)
+    learner, ranks = Learner(adapters, settings), Ranks()
 
     def step(documents: Any) -> float:
-        return _update(model, adapters, optimizer, documents, settings, RATE, state)["loss"]
+        return _update(model, learner, documents, settings, RATE, ranks)["loss"]
 
     return step, adapters.num_params
+
+
+def write_first_adapter(args: argparse.Namespace) -> None:
+    """The adapter that every run starts from, in peft's format."""
+    import torch
+
+    from lorabatch import hub
+
+    hub.prepare_environment()
+    from lorabatch.model import load
+    from lorabatch.model.lora import LoraSettings, save_adapter
+
+    source = hub.find_model(args.base_model)
+    model = load.load_model(source, load.load_config(source.path), backend="native", dtype=torch.float32, device=torch.device("cpu"))
+    weights = model.attach(LoraSettings(RANK, ALPHA), seed=SEED).weights()
+    save_adapter(args.adapter, weights, base_name=str(source.path), base_fingerprint=None, fan_in_fan_out=model.fan_in_fan_out)
 
 
 def start_theirs(source: Any, config: Any, dtype: Any, device: Any, adapter: Path) -> Any:
