@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 TRAINERS = ("lorabatch:auto", "peft:bf16", "peft:fp32")
-LOSS_TOLERANCE = 0.01  # nats per token, any step, any two runs: bf16 rounds a logit of 20 by up to 0.06; fp32 runs agree to 1e-4
+LOSS_TOLERANCE = 0.01  # nats per token, at any step, between any two runs of one type: half of what bf16 and fp32 are apart
 RANK, ALPHA, RATE, SEED, WARM_UP = 16, 32.0, 2e-4, 42, 2
 
 
@@ -83,8 +83,10 @@ def compare(args: argparse.Namespace) -> int:
                 args.output_dir.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(record)}\n{path}")
-    if record["summary"]["largest_loss_difference"] > LOSS_TOLERANCE:
-        print(f"losses differ by {record['summary']['largest_loss_difference']:.4f}, more than {LOSS_TOLERANCE}", file=sys.stderr)
+    apart = record["summary"]["largest_loss_difference"]
+    print("losses of runs of one type differ by at most " + ", ".join(f"{v:.4f} ({k})" for k, v in apart.items()))
+    if max(apart.values()) > LOSS_TOLERANCE:
+        print(f"that is more than {LOSS_TOLERANCE}", file=sys.stderr)
         return 1
     return 0
 
@@ -114,8 +116,10 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "speed_ratio": ours[0]["tokens_per_s"] / best["tokens_per_s"],
             "memory_ratio": ours[0]["peak_memory_bytes"] / best["peak_memory_bytes"],
         }
-    curves = [r["losses"] for r in runs]
-    apart = max(max(step) - min(step) for step in zip(*curves, strict=True))
+    apart = {}
+    for dtype in dict.fromkeys(r["dtype"] for r in runs):
+        curves = [r["losses"] for r in runs if r["dtype"] == dtype]
+        apart[dtype] = max(max(step) - min(step) for step in zip(*curves, strict=True))
     return {"trainers": trainers, **ratios, "largest_loss_difference": apart}
 
 
@@ -195,7 +199,7 @@ def start_ours(source: Any, config: Any, dtype: Any, device: Any, adapter: Path)
     """The product's own step."""
     from lorabatch.config import TrainConfig
     from lorabatch.model import load
-    from lorabatch.model.lora import LoraSettings, load_adapter
+    from lorabatch.model.lora import LoraSettings
     from lorabatch.train.loop import _update
     from lorabatch.train.ranks import Ranks
     from lorabatch.train.state import Learner

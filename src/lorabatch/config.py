@@ -42,7 +42,14 @@ class TrainConfig(Settings):
     batch_size: int = setting(8, "documents per optimiser step (times --grad_accum_steps)", minimum=1)
     grad_accum_steps: int = setting(1, "batches added up before each optimiser step", minimum=1)
     max_len: int = setting(512, "longest document in tokens; longer text is split, longer answers are cut", minimum=2)
-    block_tokens: int = setting(2048, "tokens of the packed block that goes through the model at once", minimum=2)
+    block_tokens: int = setting(
+        2048, "tokens of the packed block that goes through the model at once, at most: less where memory is short", minimum=2
+    )
+    checkpointing: str = setting(
+        "selective",
+        "computed again in the backward pass: nothing; norms and activations; whole layers",
+        choices=("none", "selective", "full"),
+    )
 
     lr: float = setting(2e-4, "peak learning rate", above=0)
     scheduler: str = setting("cosine", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
@@ -58,6 +65,9 @@ class TrainConfig(Settings):
     lora_dropout: float = setting(0.0, "dropout on the input of the adapters", minimum=0, below=1)
     use_rslora: bool = setting(False, "rank-stabilised scale (arXiv 2312.03732)")
     target_modules: tuple[str, ...] = setting(("all-linear",), "all-linear, attn, or names of linear layers")
+    lora_plus_ratio: float = setting(1.0, "LoRA+ (arXiv 2402.12354): learning rate of B over that of A", above=0)
+    label_smoothing: float = setting(0.0, "share of the target's probability spread over the vocabulary", minimum=0, below=1)
+    z_loss: float = setting(0.0, "weight of the squared log-sum-exp of the logits in the loss", minimum=0)
 
     eval_every_steps: int | None = setting(None, "evaluate every N steps (default: about 4 times a run, and always at the end)", minimum=1)
     early_stopping_evals: int = setting(0, "stop after N evaluations without improvement (0: never)", minimum=0)

@@ -15,10 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lorabatch.model.attention import Attention, PackedAttention
 from lorabatch.model.functional import rms_norm, rotate, swiglu
-from lorabatch.model.linear import FrozenLinear
+from lorabatch.model.linear import Before, FrozenLinear
 from lorabatch.model.spec import ModelSpec
 
 
@@ -58,14 +59,23 @@ class Layer(nn.Module):
         self.norm1, self.qkv, self.out = norm1, qkv, out
         self.norm2, self.up, self.down = norm2, up, down
         self.q_norm, self.k_norm = q_norm, k_norm
+        self.checkpointing = "selective"  # what backward computes again: nothing, norms and activations, or the whole layer
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
+        if self.checkpointing == "full" and torch.is_grad_enabled():
+            return checkpoint(self._run, x, rope, attention, use_reentrant=False)
+        return self._run(x, rope, attention)
+
+    def _run(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
         x = x + self.out(self._attend(x, rope, attention))
-        return x + self.down(self.up(x, self.norm2), self._activate)
+        return x + self._after(self._activate, self.down, self._after(self.norm2, self.up, x))
+
+    def _after(self, before: Before, linear: FrozenLinear, x: Tensor) -> Tensor:
+        return linear(before(x)) if self.checkpointing == "none" else linear(x, before)
 
     def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
         spec = self.spec
-        qkv = self.qkv(x, self.norm1)
+        qkv = self._after(self.norm1, self.qkv, x)
         if isinstance(attention, PackedAttention) and self.q_norm is None and self.window is None:
             y = attention.whole(qkv, spec.num_heads, spec.num_kv_heads, rope)
             if y is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorabatch.model.attention import PackedAttention
 from lorabatch.model.decoder import Decoder
 from lorabatch.model.lora import AdapterSet, LoraSettings, LoraWeights, attach, linear_shapes, load_adapter
-from lorabatch.model.loss import cross_entropy_sum
+from lorabatch.model.loss import LossTerms, cross_entropy_sum
 from lorabatch.model.spec import ModelSpec
 from lorabatch.model.weights import MakeProduct, build_decoder, fingerprint, normalised, read_checkpoint
 
@@ -26,6 +26,7 @@ class NativeModel:
         self.spec, self.decoder, self.base_fingerprint, self.adapter = spec, decoder, base_fingerprint, adapter
         self.max_positions = spec.max_positions
         self.fan_in_fan_out = spec.family == "gpt2"
+        self.terms = LossTerms()  # of training; evaluation is the negative log-likelihood
 
     @classmethod
     def load(
@@ -94,4 +95,5 @@ class NativeModel:
             t.to(self.decoder.device, non_blocking=True) for t in (torch.cat(list(token_ids)), positions, targets_at)
         )
         hidden = self.decoder(ids, positions, PackedAttention(lengths))
-        return cross_entropy_sum(hidden[targets_at - 1], self.decoder.head, ids[targets_at])
+        terms = self.terms if self.decoder.training else LossTerms()
+        return cross_entropy_sum(hidden[targets_at - 1], self.decoder.head, ids[targets_at], terms)

@@ -20,6 +20,7 @@ from lorabatch.corpus.packing import steps_per_epoch, training_steps
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
 from lorabatch.errors import TrainingError
 from lorabatch.train.evaluate import EvalResult, LossModel, evaluate, rank_blocks
+from lorabatch.train.planner import halved, out_of_memory
 from lorabatch.train.ranks import ALONE, Ranks
 from lorabatch.train.schedule import learning_rate, warmup_steps
 from lorabatch.train.state import Learner, TrainState
@@ -120,9 +121,7 @@ def _update(
     mean_loss, norm = _gradient(model, learner, documents, config, targets, ranks)
     if config.max_grad_norm and norm > config.max_grad_norm:
         adapters.grad.mul_(config.max_grad_norm / norm)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = rate
-    learner.optimizer.step()
+    learner.update(rate)
     seconds = time.perf_counter() - start
     state.step += 1
     state.tokens += tokens
@@ -160,10 +159,16 @@ def _gradient(
         scale = scaler.scale if scaler else 1.0
         learner.adapters.zero_grad()
         loss_sum = torch.zeros(())
-        for token_ids, first_targets, counts in rank_blocks(documents, config.block_tokens, ranks):
-            loss = model.loss_sum(token_ids, first_targets) * float(counts)
-            (loss * scale).backward()  # of the sum: dividing each token's share first would lose it in fp16
-            loss_sum = loss_sum + loss.detach().cpu()
+        try:
+            for token_ids, first_targets, counts in rank_blocks(documents, learner.block_tokens, ranks):
+                loss = model.loss_sum(token_ids, first_targets) * float(counts)
+                (loss * scale).backward()  # of the sum: dividing each token's share first would lose it in fp16
+                loss_sum = loss_sum + loss.detach().cpu()
+        except (RuntimeError, MemoryError) as error:
+            if ranks.even or not out_of_memory(error):
+                raise
+            learner.block_tokens = halved(learner.block_tokens, documents, error)
+            continue  # the same step again, in smaller blocks
         if ranks.count > 1:
             both = ranks.sum_(torch.cat([grad, loss_sum.to(grad).view(1)]))
             grad.copy_(both[:-1])

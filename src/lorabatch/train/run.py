@@ -149,6 +149,7 @@ def _train(run: RunFolder, work: _Work) -> str:
             from lorabatch.model.lora import LoraSettings
             from lorabatch.train import checkpoint
             from lorabatch.train.loop import planned_steps, train_loop
+            from lorabatch.train.planner import configure, plan
             from lorabatch.train.saver import Identity, Saver
             from lorabatch.train.state import Learner
         found = ranks.from_first(checkpoint.find(config.resume, run.path) if config.resume and ranks.is_first else None)
@@ -166,7 +167,10 @@ def _train(run: RunFolder, work: _Work) -> str:
                 source, model_config, backend=config.backend, dtype=dtype, device=device, product=_product(config, ranks)
             )
             settings = LoraSettings(config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.target_modules)
+            configure(model, config)
             learner = Learner(model.attach(settings, seed=config.seed), config, fp16=TYPE_NAMES[dtype] == "fp16")
+            planned = plan(model, config, learner.adapters.num_params)
+            learner.block_tokens = planned[0] if planned else config.block_tokens
         num_trainable = learner.adapters.num_params
         machine = {
             "device": str(device),
@@ -175,6 +179,8 @@ def _train(run: RunFolder, work: _Work) -> str:
             "backend": model.backend,
             "ranks": ranks.count,
             "gpu": gpu_description(),
+            "block_tokens": learner.block_tokens,
+            "planned_step_bytes": planned[1] if planned else None,
         }
         size = {
             "trainable_params": num_trainable,

@@ -60,6 +60,26 @@ class Learner:
             fused=True,
         )
 
+        self.block_tokens = config.block_tokens  # halved when memory runs out
+        self._speed: Tensor | None = None  # of each weight's update, where A and B differ
+        if config.lora_plus_ratio != 1.0:
+            each = [
+                torch.full((p.numel(),), r)
+                for pair in adapters.pairs.values()
+                for p, r in zip(pair, (1.0, config.lora_plus_ratio), strict=True)
+            ]
+            self._speed = torch.cat(each).to(adapters.flat.device)
+
+    def update(self, rate: float) -> None:
+        """One step of AdamW at this learning rate. It is proportional to the rate, so LoRA+ scales what it changed."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        flat = self.adapters.flat.data
+        before = flat.clone() if self._speed is not None else None
+        self.optimizer.step()
+        if before is not None and self._speed is not None:
+            torch.addcmul(before, flat - before, self._speed, out=flat)
+
     def record(self) -> dict[str, Any]:
         """The counters, as JSON can hold them to the bit."""
         tensors = ("step_ms", "best_weights")

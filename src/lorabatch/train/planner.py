@@ -1,0 +1,136 @@
+"""Memory before the first step: what a block of tokens will need, how large a block fits, and what to do when it did not.
+
+The prediction counts what is alive at the worst moment, the end of the forward pass and the top of the
+backward pass: what every layer keeps, one layer's gradients, a chunk of logits, the packs of the
+transposed weights, the optimiser. It is held against the real peak in ``tests/test_planner.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lorabatch.config import TrainConfig
+from lorabatch.corpus.tokens import TokenDocument
+from lorabatch.errors import TrainingError, UsageError
+from lorabatch.model.linear import Prepacked
+from lorabatch.model.loss import CHUNK_ELEMENTS, LossTerms
+from lorabatch.model.spec import ModelSpec
+
+HEADROOM = 0.9  # of the free memory: allocators keep some of what was freed
+
+
+def configure(model: Any, config: TrainConfig) -> None:
+    """Hand the model the settings of its training pass. UsageError for what the hf backend does not do."""
+    terms = LossTerms(config.label_smoothing, config.z_loss)
+    if model.backend == "native":
+        model.terms = terms
+        for layer in model.decoder.layers:
+            layer.checkpointing = config.checkpointing
+    elif terms != LossTerms() or config.checkpointing == "full":
+        raise UsageError(
+            "only the native decoder has --label_smoothing, --z_loss and --checkpointing full",
+            where="--backend hf",
+            fix="leave them out, or use a model that the native decoder knows",
+        )
+
+
+def layer_elements(spec: ModelSpec, checkpointing: str) -> int:
+    """Numbers that one layer keeps for the backward pass, per token."""
+    attention, mlp = spec.num_heads * spec.head_dim, spec.intermediate_size
+    qkv = attention + 2 * spec.num_kv_heads * spec.head_dim
+    up = 2 * mlp if spec.family == "llama" else mlp
+    if checkpointing == "full":
+        return spec.hidden_size
+    kept = 2 * spec.hidden_size + qkv + attention + up
+    return kept + (2 * spec.hidden_size + mlp if checkpointing == "none" else 0)
+
+
+def step_bytes(
+    spec: ModelSpec, *, block_tokens: int, element_bytes: int, lora_params: int, rank: int, checkpointing: str, packed: bool
+) -> int:
+    """Bytes that the first step adds to what the process holds once the model is loaded.
+
+    packed: linear layers make a second, transposed pack of their weights for the backward pass.
+    """
+    low = 7 * rank  # x Aᵀ of the seven parts of a layer
+    kept = spec.num_layers * (layer_elements(spec, checkpointing) + low)
+    if checkpointing == "full":
+        kept += layer_elements(spec, "none")
+    up = 2 * spec.intermediate_size if spec.family == "llama" else spec.intermediate_size
+    gradients = 2 * up + 2 * spec.intermediate_size + 3 * spec.hidden_size  # of one layer, and what it computes again
+    per_token = (kept + gradients + 3 * spec.hidden_size) * element_bytes + spec.num_layers * spec.num_heads * 4
+    transposed = spec.num_matmul_params * element_bytes if packed else 0
+    return block_tokens * per_token + CHUNK_ELEMENTS * element_bytes + transposed + 3 * 4 * lora_params
+
+
+def plan(model: Any, config: TrainConfig, lora_params: int) -> tuple[int, int] | None:
+    """(tokens of a block, predicted bytes of its step): ``--block_tokens`` or as many halvings of it as memory asks for.
+
+    None for the hf backend, whose needs are not known.
+    """
+    if model.backend != "native":
+        return None
+    decoder = model.decoder
+    free, tokens = free_bytes(decoder.device), config.block_tokens
+    while True:
+        needed = step_bytes(
+            model.spec,
+            block_tokens=tokens,
+            element_bytes=decoder.embedding.element_size(),
+            lora_params=lora_params,
+            rank=config.lora_r,
+            checkpointing=config.checkpointing,
+            packed=isinstance(decoder.head.product, Prepacked),
+        )
+        if needed <= HEADROOM * free or tokens // 2 < config.max_len:
+            break
+        tokens //= 2
+    if tokens < config.block_tokens or needed > HEADROOM * free:
+        print(
+            f"memory: a step of {tokens} tokens needs {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free; "
+            + (f"blocks of {tokens} instead of {config.block_tokens} tokens" if tokens < config.block_tokens else "it may not fit")
+            + ("" if config.checkpointing == "full" else " (--checkpointing full needs less)"),
+            file=sys.stderr,
+        )
+    return tokens, needed
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still take: of the GPU, or of the machine within its control group."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        pass
+    return max(0, free)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """torch has a class of its own for GPUs and a plain RuntimeError for CPUs."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
+
+
+def halved(block_tokens: int, documents: Sequence[TokenDocument], error: BaseException) -> int:
+    """The next smaller block. TrainingError when each document already has a block of its own."""
+    if block_tokens <= min(d.num_tokens for d in documents):
+        raise TrainingError(
+            f"out of memory with one document at a time ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+            where=f"blocks of {block_tokens} tokens",
+            fix="lower --max_len, or use --checkpointing full",
+        ) from error
+    smaller = block_tokens // 2
+    print(f"out of memory with blocks of {block_tokens} tokens: the step is repeated with blocks of {smaller}", file=sys.stderr)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return smaller

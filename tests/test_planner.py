@@ -1,0 +1,149 @@
+"""Settings of the training pass, the memory prediction against a real peak, out of memory in the middle of a step, LoRA+ against peft."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import native, random_ids, tiny_model
+
+from lorabatch.config import TrainConfig
+from lorabatch.corpus.tokens import TokenDocument
+from lorabatch.errors import TrainingError
+from lorabatch.model.lora import LoraSettings
+from lorabatch.train.loop import _update
+from lorabatch.train.planner import configure, halved, out_of_memory
+from lorabatch.train.ranks import ALONE
+from lorabatch.train.state import Learner
+
+
+def learner_of(config, *, targets=("all-linear",)):
+    model = native(tiny_model("llama"))
+    configure(model, config)
+    learner = Learner(model.attach(LoraSettings(config.lora_r, config.lora_alpha, target_modules=targets), seed=1), config)
+    for _, b in learner.adapters.pairs.values():  # away from zero, where A would get no gradient
+        b.data.normal_(std=0.05, generator=torch.Generator().manual_seed(b.numel()))
+    return model, learner
+
+
+def documents(lengths=(9, 30, 17)):
+    return [TokenDocument(ids.numpy(), 1) for ids in random_ids(lengths)]
+
+
+def test_checkpointing_changes_no_gradient():
+    grads = []
+    for mode in ("none", "selective", "full"):
+        config = TrainConfig(checkpointing=mode, lora_r=4, max_grad_norm=0)
+        model, learner = learner_of(config)
+        _update(model, learner, documents(), config, 1e-3, ALONE)
+        grads.append(learner.adapters.grad.clone())
+    assert grads[0].norm() > 0.01
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grads[2], grads[0], rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_below_the_lowest_adapted_layer_is_back_propagated():
+    top = len(tiny_layers := native(tiny_model("llama")).decoder.layers) - 1
+    assert len(tiny_layers) > 1
+    config = TrainConfig(lora_r=4)
+    model, learner = learner_of(config, targets=(f"layers.{top}.mlp.down_proj",))
+    seen = []
+    for index, linear in enumerate(model.decoder.linears()):
+        real = linear.product.input_grad
+        linear.product.input_grad = lambda grad, index=index, real=real: seen.append(index) or real(grad)
+    _update(model, learner, documents(), config, 1e-3, ALONE)
+    assert learner.adapters.grad.norm() > 0
+    assert not seen, "the adapted layer itself needs no input gradient, and no other layer runs backwards"
+
+
+def test_out_of_memory_repeats_the_step_in_smaller_blocks(capsys):
+    config = TrainConfig(lora_r=4, block_tokens=64)
+    model, learner = learner_of(config)
+    expected = _update(model, learner, documents(), config, 1e-3, ALONE)
+    wanted = learner.adapters.flat.detach().clone()
+    model, learner = learner_of(config)
+    real, calls = model.loss_sum, []
+
+    def loss_sum(token_ids, first_targets):
+        calls.append(sum(map(len, token_ids)))
+        if calls[-1] > 40:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+        return real(token_ids, first_targets)
+
+    model.loss_sum = loss_sum
+    record = _update(model, learner, documents(), config, 1e-3, ALONE)
+    assert calls[0] == 56 and max(calls[1:]) <= 32 and learner.block_tokens == 32
+    assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6) and record["step"] == 1
+    torch.testing.assert_close(learner.adapters.flat.detach(), wanted, rtol=0, atol=2e-5)
+    assert "blocks of 64 tokens: the step is repeated with blocks of 32" in capsys.readouterr().err
+    with pytest.raises(TrainingError, match="one document at a time"):
+        halved(8, documents(), MemoryError())
+    assert not out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_lora_plus_is_pefts():
+    """Three steps with the same gradients: peft's optimiser with two groups, and ours with one and a factor."""
+    peft_optimizers = pytest.importorskip("peft.optimizers")
+    config = TrainConfig(lora_r=4, lora_plus_ratio=16.0)
+    _, learner = learner_of(config)
+
+    class Mirror(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for i, (a, b) in enumerate(learner.adapters.pairs.values()):
+                self.register_parameter(f"{i}_lora_A", torch.nn.Parameter(a.detach().clone()))
+                self.register_parameter(f"{i}_lora_B", torch.nn.Parameter(b.detach().clone()))
+
+        def get_base_model(self):
+            return self
+
+    mirror = Mirror()
+    theirs = peft_optimizers.create_loraplus_optimizer(mirror, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, weight_decay=0.0)
+    ours = [p for pair in learner.adapters.pairs.values() for p in pair]
+    for step in range(3):
+        learner.adapters.grad.copy_(torch.randn(learner.adapters.num_params, generator=torch.Generator().manual_seed(step)))
+        for p, mine in zip(mirror.parameters(), ours, strict=True):
+            p.grad = mine.grad.clone()
+        theirs.step()
+        learner.update(1e-3)
+    for p, mine in zip(mirror.parameters(), ours, strict=True):
+        torch.testing.assert_close(mine.detach(), p.detach(), rtol=1e-5, atol=1e-6)
+
+
+PEAK = """
+import json, sys, psutil, torch
+from pathlib import Path
+from lorabatch.config import TrainConfig
+from lorabatch.hub import ModelSource
+from lorabatch.model import load
+from lorabatch.model.device import TYPES
+from lorabatch.model.lora import LoraSettings
+from lorabatch.train.planner import configure, plan
+from lorabatch.train.state import Learner
+
+folder, mode, dtype, tokens = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+config = TrainConfig(checkpointing=mode, block_tokens=tokens)
+model = load.load_model(ModelSource(str(folder), folder, None), load.load_config(folder), backend="native", dtype=TYPES[dtype], device=torch.device("cpu"))
+configure(model, config)
+learner = Learner(model.attach(LoraSettings(), seed=1), config)
+held = psutil.Process().memory_info().rss
+needed = plan(model, config, learner.adapters.num_params)[1]
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew: loading had its own
+for _ in range(2):
+    model.train()
+    model.loss_sum([torch.randint(0, 40000, (512,)) for _ in range(tokens // 512)], [10] * (tokens // 512)).backward()
+    learner.update(1e-4)
+peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+print(json.dumps([held + needed, peak]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "dtype", "tokens"), [("none", "bf16", 2048), ("selective", "fp32", 1024), ("full", "bf16", 2048)])
+def test_predicted_memory_is_within_15_percent_of_the_real_peak(mode, dtype, tokens, real_model_dir):
+    command = [sys.executable, "-c", PEAK, str(real_model_dir), mode, dtype, str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    predicted, peak = json.loads(done.stdout.splitlines()[-1])
+    assert abs(predicted / peak - 1) <= 0.15
