@@ -28,11 +28,15 @@ WORDS = {
         "repeated": "4 short prompts, repeated",
         "distinct": "distinct prompts",
         "note": "{cpu}, {threads} threads, commit {commit}, {date}. In brackets: how many times as fast lorabatch was in the same sitting.",
+        "train_note": "{cpu}, {threads} threads, commit {commit}: {base_model}, {batch_size} documents a step, at most {max_len} tokens each; medians of rounds.",
+        "train_header": "trainer, type, real tokens/s, padded tokens/s, share of the GEMM roofline, peak memory, rounds",
     },
     "pt": {
         "repeated": "4 prompts curtos, repetidos",
         "distinct": "prompts distintos",
         "note": "{cpu}, {threads} threads, commit {commit}, {date}. Entre parênteses: quantas vezes o lorabatch foi mais rápido na mesma sessão.",
+        "train_note": "{cpu}, {threads} threads, commit {commit}: {base_model}, {batch_size} documentos por passo, até {max_len} tokens cada; medianas das rodadas.",
+        "train_header": "treinador, tipo, tokens reais/s, tokens com padding/s, fração do teto de GEMM, pico de memória, rodadas",
     },
 }
 Sitting = dict[str, Any]
@@ -140,7 +144,31 @@ def infer_full(results: dict[str, Any], language: str) -> str:
     return markdown(header, body, "llrrrrrr")
 
 
+def train_summary(results: dict[str, Any], language: str) -> str:
+    """One line per trainer and type: medians over the rounds (benchmarks/train.py)."""
+    words, where, settings = WORDS[language], results["environment"], results["settings"]
+    body = []
+    for name, t in results["summary"]["trainers"].items():
+        trainer = name.split(":")[0]
+        run = next(r for r in results["runs"] if r["trainer"] == name)
+        rates = [f"{t['tokens_per_s']:,.0f}", f"{t['padded_tokens_per_s']:,.0f}", f"{t['roofline_share']:.0%}"]
+        body.append(
+            [
+                "**lorabatch**" if trainer == "lorabatch" else "transformers + peft",
+                run["dtype"],
+                *rates,
+                f"{t['peak_memory_bytes'] / 1e9:.2f} GB",
+                f"{t['rounds']}",
+            ]
+        )
+    note = words["train_note"].format(
+        cpu=where["cpu"], threads=results["runs"][-1]["threads"], commit=where["git"]["commit"][:7], **settings
+    )
+    return f"{note}\n\n{markdown(words['train_header'].split(', '), body, 'llrrrrr')}"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any], str], str]]] = {
+    "train": ("train", train_summary),
     "infer": ("infer", infer_summary),
     "infer-full": ("infer", infer_full),
 }

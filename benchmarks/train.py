@@ -55,6 +55,8 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
+    from tables import train_summary
+
     from lorabatch.measure.environment import environment
 
     here = environment()
@@ -82,7 +84,7 @@ def compare(args: argparse.Namespace) -> int:
                 record["summary"] = summarise(record["runs"])
                 args.output_dir.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{table(record)}\n{path}")
+    print(f"\n{train_summary(record, 'en')}\n{path}")
     apart = record["summary"]["largest_loss_difference"]
     print("losses of runs of one type differ by at most " + ", ".join(f"{v:.4f} ({k})" for k, v in apart.items()))
     if max(apart.values()) > LOSS_TOLERANCE:
@@ -121,18 +123,6 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         curves = [r["losses"] for r in runs if r["dtype"] == dtype]
         apart[dtype] = max(max(step) - min(step) for step in zip(*curves, strict=True))
     return {"trainers": trainers, **ratios, "largest_loss_difference": apart}
-
-
-def table(record: dict[str, Any]) -> str:
-    """Markdown for the README."""
-    rows = ["| trainer | type | real tokens/s | padded tokens/s | share of GEMM roofline | peak memory |", "|---|---|--:|--:|--:|--:|"]
-    for name, t in record["summary"]["trainers"].items():
-        trainer, dtype = name.split(":")
-        label = "**lorabatch**" if trainer == "lorabatch" else "transformers + peft"
-        rows.append(
-            f"| {label} | {dtype} | {t['tokens_per_s']:.0f} | {t['padded_tokens_per_s']:.0f} | {t['roofline_share']:.0%} | {t['peak_memory_bytes'] / 1e9:.2f} GB |"
-        )
-    return "\n".join(rows)
 
 
 # The processes that train
