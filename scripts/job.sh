@@ -138,7 +138,7 @@ pipeline() {
         model=(--base_model "$BASE_MODEL")
     fi
     if ((${SLURM_NTASKS:-1} > 1)); then spread=(--shards $((4 * SLURM_NTASKS))); fi
-    run "$RUN/train/run.json" train "${config[@]}" "${model[@]}" "${device[@]}" --save_dir "$RUN/train"
+    run "$RUN/train/run.json" train "${config[@]}" "${model[@]}" "${device[@]}" --save_dir "$RUN/train" --resume auto
     run "$RUN/infer/run.json" infer "${config[@]}" "${model[@]}" "${device[@]}" --adapter_dir "$RUN/train" --output_dir "$RUN/infer" "${spread[@]}"
     lorabatch report "$RUN/train" "$RUN/infer" --output_dir "$RUN/report"
 }

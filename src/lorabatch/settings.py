@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from lorabatch.errors import DataError, UsageError, nearest
 
@@ -52,6 +52,8 @@ def setting(
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Base of all configurations: values are checked when the object is made."""
+
+    TOP_LEVEL_KEYS: ClassVar[bool] = True  # a TOML file's keys outside of tables are meant for this command too
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -217,20 +219,28 @@ def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict
         raise UsageError("no such file", where=f"--config {path}", fix="check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"not a readable TOML file ({error})", where=path, fix="mend the line it names") from None
-    commands = ("train", "infer", "merge", "fetch", "report", "bench", "profile", "compare")
+    commands = ("train", "infer", "merge", "fetch", "report", "bench", "profile", "compare", "submit")
     for name in table:
         if isinstance(table[name], dict) and name not in commands:
             raise UsageError(f"unknown table [{name}]", where=path, fix=nearest(name, commands))
-    sections = [table]
+    sections = [table] if config_class.TOP_LEVEL_KEYS else [{k: v for k, v in table.items() if isinstance(v, dict)}]
     for word in command.split():
         sections.append(sections[-1].get(word, {}))
     merged = {k: v for section in sections for k, v in section.items() if not isinstance(v, dict)}
+    return _typed_values(config_class, merged, path)
+
+
+def typed_settings(config_class: type[ConfigType], values: Mapping[str, Any], path: Path) -> ConfigType:
+    """A configuration from values that a TOML file holds. UsageError for an unknown key or a value of another type."""
+    return config_class(**_typed_values(config_class, values, path))
+
+
+def _typed_values(config_class: type[Settings], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     hints = typing.get_type_hints(config_class)
-    for key, value in merged.items():
+    for key in values:
         if key not in hints:
             raise UsageError(f"unknown key '{key}'", where=path, fix=nearest(key, hints))
-        merged[key] = _typed(key, value, hints[key], path)
-    return merged
+    return {key: _typed(key, value, hints[key], path) for key, value in values.items()}
 
 
 def _typed(key: str, value: Any, annotation: Any, path: Path) -> Any:

@@ -48,9 +48,12 @@ class Cluster:
 
     def wait(self, job, timeout_s=PATIENCE_S):
         """Until the job and all tasks of an array have left the queue. Returns sacct's rows."""
-        self.until(lambda: not self.run("squeue", "-h", "-j", job, check=False).stdout.strip(), f"job {job} to end", timeout_s)
+        self.until(lambda: not self.in_queue(job), f"job {job} to end", timeout_s)
         self.until(lambda: (rows := self.sacct(job)) and all(r[1] not in ("RUNNING", "PENDING") for r in rows), f"sacct of {job}", 60)
         return self.sacct(job)
+
+    def in_queue(self, job):
+        return bool(self.run("squeue", "-h", "-j", job, check=False).stdout.strip())
 
     def until(self, condition, what, timeout_s=PATIENCE_S):
         end = time.monotonic() + timeout_s
@@ -59,7 +62,7 @@ class Cluster:
             time.sleep(0.2)
 
     def logs(self, job="*"):
-        return "\n".join(p.read_text(errors="replace") for p in sorted((self.project / "results").glob(f"*-{job}.out")))
+        return "\n".join(p.read_text(errors="replace") for p in sorted((self.project / "results").rglob(f"*-{job}.out")))
 
 
 def copy_project(target):
@@ -100,3 +103,21 @@ def experiment(cluster, tiny_llama_dir):
         f'[infer]\nprompts = "{data}"\nmax_new_tokens = 8\nbatch_size = 4\n'
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def environment_with(cluster):
+    """Makes an environment like the project's whose Python first runs some code; job.sh clears PYTHONPATH, so its Python is a script."""
+
+    def make(code, venv):
+        real = cluster.project / ".venv"
+        (venv / "bin").mkdir(parents=True)
+        (venv / "sitecustomize.py").write_text(code)
+        for name in ("pyvenv.cfg", ".lorabatch-build"):
+            (venv / name).symlink_to(real / name)
+        python = venv / "bin/python"
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={venv} exec {real}/bin/python "$@"\n')
+        python.chmod(0o755)
+        return str(venv)
+
+    return make

@@ -11,6 +11,7 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from lorabatch.config import InferConfig
 from lorabatch.corpus.readers import QA_PROMPT, check_file, jsonl_rows, numbered_lines
-from lorabatch.errors import DataError, LorabatchError, nearest
+from lorabatch.errors import DataError, LorabatchError, UsageError, nearest
 from lorabatch.infer import openai_batch
 from lorabatch.infer.adapters import AdapterNames
 from lorabatch.infer.requests import Request, SamplingParams
@@ -56,6 +57,7 @@ class PromptFile:
             raise DataError(f"unknown kind of file '{path.suffix}'", where=path, fix="give .txt (one prompt a line) or .jsonl")
         self._path, self._config = path, config
         self.adapters = AdapterNames.parse(config.adapters)
+        self._range = row_range(config.rows)
         self._defaults = SamplingParams(**{f.name: getattr(config, f.name) for f in fields(SamplingParams)})
         self.ignored: set[str] = set()
         self.longest_bytes = self.most_new_tokens = 0
@@ -74,7 +76,7 @@ class PromptFile:
 
     def __iter__(self) -> Iterator[Request]:
         position = 0
-        for index, request in enumerate(self._prompts()):
+        for index, request in islice(enumerate(self._prompts()), *self._range):
             request.index = index
             for sample in range(request.params.n):
                 one = request.restarted()
@@ -128,6 +130,16 @@ class PromptFile:
                     raise DataError(
                         f"id '{request.id}' occurs twice (prompts {first} and {request.index})", where=self._path, fix="make the ids unique"
                     )
+
+
+def row_range(rows: str | None) -> tuple[int, int | None]:
+    """``"10:20"`` -> (10, 20). UsageError for anything else."""
+    if rows is None:
+        return 0, None
+    first, _, end = rows.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise UsageError("not a range of prompts", where=f"--rows {rows}", fix="give FIRST:END, counted from 0, for example 0:100")
+    return int(first), int(end)
 
 
 def _typed(row: Mapping[str, Any], name: str, kind: type) -> Any:

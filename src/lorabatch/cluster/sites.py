@@ -1,0 +1,84 @@
+"""What a cluster wants of its jobs: ``configs/sites/*.env``, Slurm's own answers, and the rules checked before submission."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from lorabatch.cluster import slurm
+from lorabatch.config import SubmitConfig
+from lorabatch.errors import DataError, UsageError, nearest
+
+FOLDER = Path("configs/sites")
+
+
+@dataclass(frozen=True)
+class Site:
+    """The keys of a site file, in lower case and without ``SITE_``; empty where the site has no rule."""
+
+    gpu_partition: str = ""
+    cpu_partition: str = ""
+    time_limits: str = ""
+    shared: str = ""
+    max_jobs: str = ""
+    max_gpus_per_node: str = ""
+    modules_gpu: str = ""
+    modules_cpu: str = ""
+
+    def limits_s(self) -> dict[str, float]:
+        """Longest time of each partition: the running Slurm's, else the file's."""
+        from_file = {name: slurm.seconds(limit) for name, limit in (entry.split("=", 1) for entry in self.time_limits.split())}
+        return slurm.partition_limits() or {name: limit for name, limit in from_file.items() if limit}
+
+
+def load_site(name: str) -> Site:
+    """A name in configs/sites or the path of a file. UsageError for an unknown one, DataError for an unknown key."""
+    path = Path(name) if "/" in name else FOLDER / f"{name}.env"
+    if not path.is_file():
+        raise UsageError(f"no such site ({path})", where=f"--site {name}", fix=nearest(name, [p.stem for p in FOLDER.glob("*.env")]))
+    values = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for word in shlex.split(line, comments=True):
+            key, _, value = word.partition("=")
+            values[key.removeprefix("SITE_").lower()] = value
+            if key.removeprefix("SITE_").lower() not in {f.name for f in fields(Site)}:
+                raise DataError(f"unknown key '{key}'", where=f"{path}:{number}", fix="see configs/sites/generic.env for the keys")
+    return Site(**values)
+
+
+def check_rules(config: SubmitConfig, site: Site, partition: str, *, num_jobs: int) -> None:
+    """UsageError for what the site would refuse or leave pending for ever."""
+    limits = site.limits_s()
+    asked = slurm.seconds(config.time)
+    if asked is None or asked < 60:
+        raise UsageError("not a time limit of at least a minute", where=f"--time {config.time}", fix="give minutes, H:MM:SS or D-HH:MM:SS")
+    if partition and limits and partition not in limits:
+        raise UsageError("no such partition here", where=f"--partition {partition}", fix=nearest(partition, limits))
+    if partition in limits and asked > limits[partition]:
+        fix = f"give at most {_clock(limits[partition])}; work that does not fit saves itself and is requeued"
+        raise UsageError(f"longer than partition {partition} allows", where=f"--time {config.time}", fix=fix)
+    if config.exclusive and partition in site.shared.split():
+        raise UsageError(f"partition {partition} is shared", where="--exclusive", fix="leave it out, or choose an exclusive partition")
+    if config.device == "cpu" and partition and partition == site.gpu_partition:
+        raise UsageError(
+            "a GPU partition, for a job without GPUs: it would pend for ever", where=f"--partition {partition}", fix="--device gpu"
+        )
+    _at_most(site.max_gpus_per_node, config.gpus if config.device == "gpu" else 0, "--gpus", "GPUs per node of one job")
+    _at_most(site.max_jobs, num_jobs, "--array", "jobs in the queue; fewer array tasks do the same shards")
+
+
+def _at_most(limit: str, value: int, flag: str, what: str) -> None:
+    if limit.isdigit() and value > int(limit):
+        raise UsageError(f"the site allows {limit} {what}", where=f"{flag} (makes {value})", fix="ask for fewer")
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def variables(config: SubmitConfig, run_dir: Path) -> Mapping[str, str]:
+    """What ``scripts/job.sh`` reads."""
+    return {"RUN": str(run_dir), "SITE": config.site}

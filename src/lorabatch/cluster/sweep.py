@@ -1,0 +1,208 @@
+"""``lorabatch sweep FILE``: a grid or random search over training settings, shared between processes.
+
+    method = "grid"                      # or "random", with samples = 20 and seed = 0
+    metric = "eval_loss"                 # of metrics.json; smaller is better
+    [train]                              # settings of every trial
+    base_model = "smollm2-135m"
+    [search]
+    lr = [1e-4, 3e-4]                    # values, or for random: {min = 1e-5, max = 1e-3, log = true}
+    lora_r = [8, 16]
+    seed = [1, 2, 3]                     # repetitions: the leaderboard averages over them
+
+Every process runs the same command: trials are claimed as the shards of an inference are, a trial that was
+stopped goes on from its checkpoint, and whoever sees the last one done writes the leaderboard.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorabatch.cluster.child import run_child
+from lorabatch.cluster.claims import DONE, Claim, owners, work_through
+from lorabatch.config import SweepConfig, TrainConfig
+from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest
+from lorabatch.measure.statistics import mean, standard_deviation
+from lorabatch.records import read_json, utc_now, write_json
+from lorabatch.settings import Settings, typed_settings
+from lorabatch.signals import StopSignals
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+KEYS = {"method": "grid", "samples": 10, "seed": 0, "metric": "eval_loss"}
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; the normal quantile beyond.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+NORMAL = 1.96
+
+
+def run_sweep(file: str, config: SweepConfig) -> int:
+    """Returns 0 when the leaderboard stands, or, with ``--leave_early``, when nothing is left to claim.
+
+    Raises UsageError or DataError for the file, InterruptedRun after a signal, DataError if every trial failed.
+    """
+    sweep, trials, settings = planned_trials(Path(file), no_cuda=config.no_cuda)
+    folder = Path(config.output_dir or f"results/sweep-{Path(file).stem}")
+    _keep_plan(folder, {"schema_version": 1, "sweep": sweep, "trials": trials})
+    folders = [folder / "trials" / f"{i:04d}" for i in range(len(trials))]
+    with StopSignals() as signals:
+
+        def work(index: int, claim: Claim) -> None:
+            try:
+                _trial(claim, settings[index], sweep["metric"], signals)
+            except BaseException:
+                claim.release()
+                raise
+            print(f"trial {index} {trials[index]} done", flush=True)
+
+        left = work_through(
+            folders, work, timeout_s=config.claim_timeout_s, wait=not config.leave_early, stop_requested=lambda: bool(signals)
+        )
+        if left and signals:
+            raise InterruptedRun(f"stopped; {left} trials left", where=folder, fix="run the same command again")
+    if left:
+        print(f"nothing left to claim; {left} trials with {', '.join(owners(folders)) or 'nobody'}")
+        return 0
+    board = leaderboard(trials, [read_json(f / DONE) for f in folders], sweep["metric"])
+    write_json(folder / "leaderboard.json", board)
+    text = as_markdown(board)
+    (folder / "LEADERBOARD.md").write_text(text, encoding="utf-8")
+    print(text + f"\n{folder / 'LEADERBOARD.md'}")
+    if not any(row["runs"] for row in board["rows"]):
+        raise DataError("every trial failed", where=folder, fix=f"see {folder}/trials/*/DONE.json")
+    return 0
+
+
+def planned_trials(path: Path, *, no_cuda: bool) -> tuple[dict[str, Any], list[dict[str, Any]], list[TrainConfig]]:
+    """(the file, the values of each trial, its settings); every mistake in the file is raised here."""
+    sweep = read_sweep(path)
+    trials = list(expand(sweep))
+    device = {"no_cuda": True} if no_cuda else {}
+    return sweep, trials, [typed_settings(TrainConfig, sweep["train"] | values | device, path) for values in trials]
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """The file with its defaults filled in. DataError or UsageError for what is wrong with it."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"not a readable TOML file ({error})", where=path, fix="check the path and the line it names") from None
+    for key in table:
+        if key not in (*KEYS, "train", "search"):
+            raise UsageError(f"unknown key '{key}'", where=path, fix=nearest(key, (*KEYS, "train", "search")))
+    sweep = {**KEYS, "train": {}, **table}
+    if sweep["method"] not in ("grid", "random"):
+        raise UsageError(f"unknown method '{sweep['method']}'", where=path, fix="give grid or random")
+    if not sweep.get("search"):
+        raise UsageError("nothing to search", where=path, fix="add a table [search] with lists of values")
+    return sweep
+
+
+def expand(sweep: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The values of each trial. Random search repeats each sampled point for every listed seed."""
+    search = dict(sweep["search"])
+    if sweep["method"] == "grid":
+        for name, values in search.items():
+            if not isinstance(values, list):
+                raise UsageError("a grid needs lists of values", where=f"[search] {name}", fix='give a list, or method = "random"')
+        for values in itertools.product(*search.values()):
+            yield dict(zip(search, values, strict=True))
+        return
+    seeds = search.pop("seed", [None])
+    generator = random.Random(sweep["seed"])
+    for _ in range(sweep["samples"]):
+        point = {name: _draw(name, space, generator) for name, space in search.items()}
+        for seed in seeds:
+            yield point if seed is None else point | {"seed": seed}
+
+
+def _draw(name: str, space: Any, generator: random.Random) -> Any:
+    if isinstance(space, list):
+        return generator.choice(space)
+    try:
+        low, high = space["min"], space["max"]
+        if space.get("log"):
+            low, high = math.log(low), math.log(high)
+        value = generator.uniform(low, high)
+    except (TypeError, KeyError, ValueError):
+        raise UsageError("not a range", where=f"[search] {name}", fix="give {min = A, max = B} or a list") from None
+    value = math.exp(value) if space.get("log") else value
+    return round(value) if isinstance(space["min"], int) and isinstance(space["max"], int) else float(f"{value:.4g}")
+
+
+def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sweep.json"
+    if not path.exists():
+        write_json(path, plan)
+    if read_json(path) != plan:
+        raise UsageError("holds another sweep", where=path, fix="choose another --output_dir")
+
+
+def _trial(claim: Claim, settings: Settings, metric: str, signals: StopSignals) -> None:
+    """Train one trial in a child; what an abandoned claim saved is where it goes on."""
+    claim.outputs.mkdir(exist_ok=True)
+    run = claim.outputs / "run"
+    path = claim.outputs / "settings.toml"
+    path.write_text(settings.to_toml(), encoding="utf-8")
+    earlier = [p for g in range(claim.generation) if (p := claim.folder / f"output-{g:03d}" / "run").is_dir()]
+    resume = str(earlier[-1]) if earlier and not run.exists() and any(earlier[-1].glob("checkpoints/*")) else "auto"
+    ended = run_child(["train", "--config", path, "--save_dir", run, "--resume", resume], claim.outputs / "log.txt", signals)
+    ended.raise_mistake()
+    value = read_json(run / "metrics.json").get(metric) if ended.code == 0 else None
+    reason = ended.reason if ended.code else None if value is not None else f"metrics.json has no {metric}"
+    claim.finish({"value": value, "error": reason, "run": str(run.relative_to(claim.folder)), "at": utc_now()})
+
+
+def leaderboard(trials: Sequence[Mapping[str, Any]], done: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """One row per point, best first; ``half_width``: of the 95 % t interval over seeds, None for a single one."""
+    groups: dict[str, dict[str, Any]] = {}
+    for index, (values, record) in enumerate(zip(trials, done, strict=True)):
+        point = {k: v for k, v in values.items() if k != "seed"}
+        row = groups.setdefault(str(point), {"point": point, "values": [], "trials": [], "errors": []})
+        row["trials"].append(index)
+        if record["value"] is None:
+            row["errors"].append(record["error"])
+        else:
+            row["values"].append(record["value"])
+    rows = []
+    for row in groups.values():
+        values = row.pop("values")
+        spread = standard_deviation(values)
+        half = None if spread is None else _student_t(len(values) - 1) * spread / math.sqrt(len(values))
+        rows.append(row | {"mean": mean(values), "half_width": half, "runs": len(values)})
+    rows.sort(key=lambda r: (r["mean"] is None, r["mean"]))
+    return {"schema_version": 1, "metric": metric, "interval": "95 % Student t over seeds of training", "rows": rows}
+
+
+def _student_t(freedom: int) -> float:
+    return STUDENT_T[freedom - 1] if freedom <= len(STUDENT_T) else NORMAL
+
+
+def as_markdown(board: Mapping[str, Any]) -> str:
+    """The leaderboard as a table; a row whose interval overlaps the first one's is marked: it may be as good."""
+    rows = board["rows"]
+    names = list(rows[0]["point"]) if rows else []
+    lines = [f"| rank | {' | '.join(names)} | {board['metric']} | ± | seeds | |", "|---" * (len(names) + 5) + "|"]
+    for rank, row in enumerate(rows, start=1):
+        value = "failed" if row["mean"] is None else f"{row['mean']:.4f}"
+        half = "not measured" if row["half_width"] is None else f"{row['half_width']:.4f}"
+        note = row["errors"][0] if row["errors"] else "" if rank == 1 or not _overlap(rows[0], row) else "not told apart from the first"
+        points = " | ".join(str(row["point"][name]) for name in names)
+        lines.append(f"| {rank} | {points} | {value} | {half} | {row['runs']} | {note.replace('|', '/')} |")
+    several = any(row["half_width"] is not None for row in rows)
+    lines.append("\n± " + (f"is half of the {board['interval']}." if several else "needs two seeds or more: [search] seed = [1, 2, 3]."))
+    return "\n".join(lines) + "\n"
+
+
+def _overlap(first: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    if first["half_width"] is None or row["half_width"] is None:
+        return False
+    return bool(row["mean"] - row["half_width"] <= first["mean"] + first["half_width"])

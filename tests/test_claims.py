@@ -1,0 +1,99 @@
+"""Claims without locks: exactly one owner, takeover from the dead and the silent, nothing taken from the living."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from lorabatch.cluster.claims import died, is_done, owners, try_claim, work_through
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from lorabatch.cluster.claims import work_through
+root, items, log, pause = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
+def work(index, claim):
+    with log.open("a") as file:
+        file.write(f"{index}\\n")
+    time.sleep(pause)
+    claim.finish({"index": index})
+work_through([root / str(i) for i in range(items)], work, timeout_s=2, wait=True, stop_requested=lambda: False, poll_s=0.05)
+"""
+
+
+def start_worker(root, items, log, pause=0.0):
+    return subprocess.Popen([sys.executable, "-c", WORKER, str(root), str(items), str(log), str(pause)])
+
+
+def test_processes_that_race_do_every_item_exactly_once(tmp_path):
+    items = 60
+    logs = [tmp_path / f"log{i}" for i in range(4)]
+    workers = [start_worker(tmp_path / "items", items, log, 0.002) for log in logs]
+    assert [w.wait(timeout=300) for w in workers] == [0] * 4
+    done = [int(line) for log in logs if log.exists() for line in log.read_text().split()]
+    assert sorted(done) == list(range(items))
+
+
+def test_a_living_claim_is_left_alone_and_a_dead_process_s_is_taken_at_once(tmp_path):
+    worker = start_worker(tmp_path, 1, tmp_path / "log", pause=600)
+    while not (tmp_path / "log").exists():
+        assert worker.poll() is None
+        time.sleep(0.05)
+    assert try_claim(tmp_path / "0", timeout_s=60) is None
+    assert str(worker.pid) in owners([tmp_path / "0"])[0]
+    worker.kill()
+    worker.wait()
+    claim = try_claim(tmp_path / "0", timeout_s=3600)
+    assert claim is not None and claim.generation == 1 and died(tmp_path / "0", 0)
+
+
+def test_a_silent_process_is_taken_over_and_when_it_wakes_nothing_breaks(tmp_path):
+    worker = start_worker(tmp_path, 1, tmp_path / "log", pause=0.3)
+    while not (tmp_path / "log").exists():
+        time.sleep(0.02)
+    os.kill(worker.pid, signal.SIGSTOP)
+    begin, claim = time.monotonic(), None
+    while claim is None and time.monotonic() < begin + 120:
+        claim = try_claim(tmp_path / "0", timeout_s=2)
+        time.sleep(0.1)
+    assert claim is not None and claim.generation == 1 and time.monotonic() - begin > 1
+    with claim:
+        claim.outputs.mkdir()
+        os.kill(worker.pid, signal.SIGCONT)
+        assert worker.wait(timeout=120) == 0
+        claim.finish({"index": 0})
+    assert is_done(tmp_path / "0")
+
+
+def test_the_heartbeat_keeps_a_long_claim(tmp_path):
+    claim = try_claim(tmp_path / "0", timeout_s=1)
+    with claim:
+        before = claim.path.stat().st_mtime
+        time.sleep(1.5)
+        assert claim.path.stat().st_mtime > before + 0.5
+        assert try_claim(tmp_path / "0", timeout_s=60) is None
+
+
+def test_released_work_is_free_at_once_and_finished_work_never(tmp_path):
+    first = try_claim(tmp_path / "0", timeout_s=60)
+    first.release()
+    second = try_claim(tmp_path / "0", timeout_s=60)
+    assert second.generation == 1 and not died(tmp_path / "0", 0)
+    second.finish({})
+    assert try_claim(tmp_path / "0", timeout_s=0) is None
+
+
+def test_leaving_early_or_staying(tmp_path):
+    held = try_claim(tmp_path / "0", timeout_s=60)
+    folders, seen = [tmp_path / "0", tmp_path / "1"], []
+
+    def work(index, claim):
+        seen.append(index)
+        claim.finish({})
+        if index == 1:
+            held.release()
+
+    assert work_through(folders[:1], work, timeout_s=60, wait=False, stop_requested=lambda: False) == 1
+    assert work_through(folders, work, timeout_s=60, wait=True, stop_requested=lambda: False, poll_s=0.01) == 0
+    assert seen == [1, 0]
