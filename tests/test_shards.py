@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from lorabatch.cli import main
+from lorabatch.cluster import child
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +54,13 @@ def test_a_mistake_that_every_shard_would_make_ends_the_work_with_its_code(words
     flags = [*words, "--output_dir", str(tmp_path / "out"), "--shards", "2", "--base_model", "no/such-model"]
     assert main(flags) == 69
     assert "no/such-model" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("DONE.json"))
+
+
+def test_when_every_process_dies_nothing_is_blamed_on_the_prompts(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(child.sys, "executable", "/bin/false")
+    assert main([*words, "--output_dir", str(tmp_path / "out"), "--shards", "2"]) == 70
+    assert "every process dies" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("DONE.json"))
 
 

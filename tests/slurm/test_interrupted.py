@@ -87,17 +87,16 @@ def test_a_killed_rank_ends_the_job_within_a_minute(cluster, experiment, slow_en
 
 
 def test_the_time_limit_saves_requeues_and_ends_with_the_same_adapter(cluster, experiment, timed_job):
-    cluster.until(lambda: "is requeued" in cluster.logs(timed_job), "the requeue")
-    log = cluster.logs(timed_job)
-    assert "got SIGUSR1: the step saves and stops" in log, log
-    steps = (cluster.project / "results/timed/events.jsonl").read_text().count('"event": "step"')
-    assert 0 < steps < STEPS
+    events = cluster.project / "results/timed/events.jsonl"
+    steps = lambda: events.read_text().count('"event": "step"') if events.exists() else 0  # noqa: E731
+    cluster.until(lambda: steps() and "is requeued" in cluster.logs(timed_job).rpartition("train begins")[2], "the requeue")
+    assert "got SIGUSR1" in cluster.logs(timed_job) and steps() < STEPS, cluster.logs(timed_job)
     cluster.run("scontrol", "update", f"JobId={timed_job}", "TimeLimit=20")  # once is enough
     assert cluster.wait(timed_job) == [(timed_job, "COMPLETED", "0:0")], cluster.logs(timed_job)
     states = [row[1] for row in cluster.sacct(timed_job, "--duplicates")]
-    assert states == ["REQUEUED", "COMPLETED"]
+    assert states[-1] == "COMPLETED" and set(states[:-1]) == {"REQUEUED"}
     record = json.loads((cluster.project / "results/timed/run.json").read_text())
-    assert record["environment"]["slurm"]["restart_count"] == "1"
+    assert record["environment"]["slurm"]["restart_count"] == str(len(states) - 1)
 
     whole = cluster.lorabatch(*train_words(cluster, experiment, "results/whole", "--max_steps", STEPS))
     assert whole.returncode == 0, whole.stderr

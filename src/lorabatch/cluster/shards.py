@@ -12,6 +12,7 @@ shard done merges: every request of the input exactly once, in input order.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -22,7 +23,7 @@ from lorabatch import hub
 from lorabatch.cluster.child import run_child
 from lorabatch.cluster.claims import DONE, Claim, died, is_done, owners, work_through
 from lorabatch.config import InferConfig
-from lorabatch.errors import DataError, InterruptedRun, UsageError
+from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UnavailableError, UsageError
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import completion_record
 from lorabatch.infer.sink import write_openai_file
@@ -43,8 +44,8 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
     Raises UsageError for a folder with other work, InterruptedRun after a signal, and what the children
     report as the user's mistake.
     """
-    if not config.output_dir or config.overwrite or config.iters > 1:
-        fix = "give --output_dir, the same for all processes; leave --overwrite and --iters out"
+    if not config.output_dir or config.overwrite or config.rows or config.iters > 1:
+        fix = "give --output_dir, the same for all processes; leave --overwrite, --rows and --iters out"
         raise UsageError("cannot work with these flags", where="--shards", fix=fix)
     folder = Path(config.output_dir)
     prompts = PromptFile(Path(config.prompts), replace(config, rows=None))
@@ -92,9 +93,16 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
     }
     path = folder / "plan.json"
     if not path.exists():
+        # The plan comes before run.json: a run folder without one, looked at in this order, is no work of ours.
+        if (folder / "run.json").exists() and not path.exists():
+            raise UsageError("holds another run", where=folder, fix="choose another --output_dir")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, plan)  # processes that start at once write the same
+        except OSError as error:
+            raise UnavailableError(f"cannot write there ({error.strerror})", where=folder, fix="choose another --output_dir") from None
         flags: dict[str, Any] = {"config": config.to_dict(), "command": command, "environment": environment()}
-        RunFolder.create(folder, kind="infer", folder_flag="--output_dir", **flags)
-        write_json(path, plan)  # processes that start at once write the same
+        RunFolder.create(folder, kind="infer", folder_flag="--output_dir", resume=True, **flags)
     found = read_json(path)
     if found != plan:
         was, now = found | found.get("config", {}), plan | config_kept
@@ -188,6 +196,9 @@ class _Shard:
                     self._quarantined.append(request.id)
                     file.write(dumps(completion_record(request, None, key=NO_KEY, adapter=config.adapter_dir)) + "\n")
         self._files.append(path)
+        if len(self._quarantined) > 1 and not self._finished_earlier(0, sys.maxsize):
+            fix = f"mend the cause ({folder / 'log.txt'}) and run the same command again"
+            raise LorabatchError(f"every process dies, not only those of some prompts ({reason})", where=self._claim.folder, fix=fix)
 
 
 def merge(folder: Path, prompts: PromptFile, shards: list[Path]) -> None:
@@ -223,6 +234,8 @@ def merge(folder: Path, prompts: PromptFile, shards: list[Path]) -> None:
     print(
         f"{totals.completed} completed, {totals.failed} failed of {len(prompts)}, every request exactly once: {folder / 'completions.jsonl'}"
     )
+    if not totals.completed:
+        raise DataError("every request failed", where=folder / "completions.jsonl", fix="see the 'error' of its lines")
     if quarantined:
         print(f"in quarantine, because their processes died: {', '.join(quarantined)}")
 

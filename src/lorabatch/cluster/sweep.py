@@ -26,7 +26,7 @@ from typing import Any
 from lorabatch.cluster.child import run_child
 from lorabatch.cluster.claims import DONE, Claim, owners, work_through
 from lorabatch.config import SweepConfig, TrainConfig
-from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest
+from lorabatch.errors import DataError, InterruptedRun, UnavailableError, UsageError, nearest
 from lorabatch.measure.statistics import mean, standard_deviation
 from lorabatch.records import read_json, utc_now, write_json
 from lorabatch.settings import Settings, typed_settings
@@ -138,10 +138,13 @@ def _draw(name: str, space: Any, generator: random.Random) -> Any:
 
 
 def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sweep.json"
-    if not path.exists():
-        write_json(path, plan)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_json(path, plan)  # processes that start at once write the same
+    except OSError as error:
+        raise UnavailableError(f"cannot write there ({error.strerror})", where=folder, fix="choose another --output_dir") from None
     if read_json(path) != plan:
         raise UsageError("holds another sweep", where=path, fix="choose another --output_dir")
 
