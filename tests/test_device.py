@@ -17,6 +17,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 def test_device_follows_the_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert choose_device(no_cuda=False) == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
