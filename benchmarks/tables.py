@@ -27,14 +27,16 @@ WORDS = {
     "en": {
         "repeated": "4 short prompts, repeated",
         "distinct": "distinct prompts",
-        "note": "{cpu}, {threads} threads, commit {commit}, {date}. In brackets: how many times as fast lorabatch was in the same sitting.",
+        "note": "{cpu}, {threads} threads, commit {commit}, {date}; median of {rounds} rounds or more. "
+        "In brackets: how many times as fast lorabatch was in the same sitting. –: not measured.",
         "train_note": "{cpu}, {threads} threads, commit {commit}: {base_model}, {batch_size} documents a step, at most {max_len} tokens each; medians of rounds.",
         "train_header": "trainer, type, real tokens/s, padded tokens/s, share of the GEMM roofline, peak memory, rounds",
     },
     "pt": {
         "repeated": "4 prompts curtos, repetidos",
         "distinct": "prompts distintos",
-        "note": "{cpu}, {threads} threads, commit {commit}, {date}. Entre parênteses: quantas vezes o lorabatch foi mais rápido na mesma sessão.",
+        "note": "{cpu}, {threads} threads, commit {commit}, {date}; mediana de {rounds} rodadas ou mais. "
+        "Entre parênteses: quantas vezes o lorabatch foi mais rápido na mesma sessão. –: não medido.",
         "train_note": "{cpu}, {threads} threads, commit {commit}: {base_model}, {batch_size} documentos por passo, até {max_len} tokens cada; medianas das rodadas.",
         "train_header": "treinador, tipo, tokens reais/s, tokens com padding/s, fração do teto de GEMM, pico de memória, rodadas",
     },
@@ -92,9 +94,12 @@ def markdown(header: list[str], body: list[list[str]], align: str) -> str:
 
 def infer_summary(results: dict[str, Any], language: str) -> str:
     """Tokens/s per engine and batch size, and behind it how many times as fast lorabatch was in the same sitting."""
-    words, last = WORDS[language], results["sittings"][-1]
-    where = last["environment"]
-    parts = [words["note"].format(cpu=where["cpu"], threads=last["threads"], commit=where["git"]["commit"][:7], date=last["at"][:10])]
+    words, all_sittings = WORDS[language], results["sittings"]
+    last = all_sittings[-1]
+    commits = ", ".join(dict.fromkeys(s["environment"]["git"]["commit"][:7] for s in all_sittings))
+    rounds = min(len(e["seconds"]) for s in all_sittings for e in s["engines"].values() if "seconds" in e)
+    cpu, threads, date = last["environment"]["cpu"], last["threads"], last["at"][:10]
+    parts = [words["note"].format(cpu=cpu, threads=threads, commit=commits, date=date, rounds=rounds)]
     for workload in ("repeated", "distinct"):
         sittings = [s for s in results["sittings"] if s["workload"] == workload]
         sizes = sorted({s["batch_size"] for s in sittings})

@@ -42,7 +42,7 @@ def test_ratios_are_taken_within_a_sitting():
 def test_a_missing_engine_has_no_row():
     results = {"sittings": [sitting({"lorabatch": engine([1.0]), "openvino": engine([2.0]), "vllm": {"missing": "not installed"}})]}
     summary, full = tables.infer_summary(results, "en"), tables.infer_full(results, "en")
-    assert summary.startswith("a CPU, 2 threads, commit 1234567, 2026-11-24.")
+    assert summary.startswith("a CPU, 2 threads, commit 1234567, 2026-11-24; median of 1 rounds or more.")
     assert "| OpenVINO GenAI | bf16 | 64 (2.00x) |" in summary
     assert "vLLM" not in summary + full
     assert "| **lorabatch** | bf16 | **128** |" in summary
