@@ -49,21 +49,26 @@ def test_a_living_claim_is_left_alone_and_a_dead_process_s_is_taken_at_once(tmp_
 
 
 def test_a_silent_process_is_taken_over_and_when_it_wakes_nothing_breaks(tmp_path):
-    worker = start_worker(tmp_path, 1, tmp_path / "log", pause=0.3)
-    while not (tmp_path / "log").exists():
-        time.sleep(0.02)
-    os.kill(worker.pid, signal.SIGSTOP)
-    begin, claim = time.monotonic(), None
-    while claim is None and time.monotonic() < begin + 120:
-        claim = try_claim(tmp_path / "0", timeout_s=2)
-        time.sleep(0.1)
-    assert claim is not None and claim.generation == 1 and time.monotonic() - begin > 1
-    with claim:
-        claim.outputs.mkdir()
-        os.kill(worker.pid, signal.SIGCONT)
-        assert worker.wait(timeout=120) == 0
-        claim.finish({"index": 0})
-    assert is_done(tmp_path / "0")
+    worker = start_worker(tmp_path, 1, tmp_path / "log", pause=8)
+    try:
+        while not (tmp_path / "log").exists():
+            time.sleep(0.02)
+        os.kill(worker.pid, signal.SIGSTOP)
+        assert not is_done(tmp_path / "0"), "stopped within its 8 seconds of work"
+        begin, claim = time.monotonic(), None
+        while claim is None and time.monotonic() < begin + 60:
+            claim = try_claim(tmp_path / "0", timeout_s=2)
+            time.sleep(0.1)
+        assert claim is not None and claim.generation == 1 and time.monotonic() - begin > 1
+        with claim:
+            claim.outputs.mkdir()
+            os.kill(worker.pid, signal.SIGCONT)
+            assert worker.wait(timeout=120) == 0
+            claim.finish({"index": 0})
+        assert is_done(tmp_path / "0")
+    finally:
+        worker.kill()
+        worker.wait()
 
 
 def test_the_heartbeat_keeps_a_long_claim(tmp_path):
