@@ -28,9 +28,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(the result, 1 / root mean square [..., 1] in fp32), step by step as transformers computes it."""
-    passes = passes_for(x) if x.is_contiguous() else None
-    if passes is not None:
-        return passes.norm(x, weight, eps)
+    passes = passes_for(x)
+    if passes is not None:  # also for slices of wider rows: which way is taken must not depend on the number of rows
+        return passes.norm(x.contiguous(), weight, eps)
     wide = x.float()
     inverse = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (wide * inverse).to(x.dtype) * weight, inverse
@@ -46,9 +46,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        passes = passes_for(x) if x.is_contiguous() else None
+        passes = passes_for(x)
         if passes is not None:
-            return passes.norm_grad(x, weight, inverse, grad.contiguous()), None, None
+            return passes.norm_grad(x.contiguous(), weight, inverse, grad.contiguous()), None, None
         scaled = (grad * weight).float()
         unit = x.float() * inverse  # not in place: in fp32, float() is x itself
         scaled.addcmul_(unit, (scaled * unit).mean(-1, keepdim=True), value=-1)
