@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 readonly EX_AGAIN=75 # saved, the same command goes on
 RUN=${RUN:-results/${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
-STEP='' SIGNALLED=''
+STEP='' SIGNALLED='' WOKEN=''
 
 log() { printf '%s job %s: %s\n' "$(date +%FT%T%z)" "$SLURM_JOB_ID" "$*"; }
 
@@ -65,7 +65,7 @@ provenance() {
 }
 
 pass_on() {
-    SIGNALLED=$1
+    SIGNALLED=$1 WOKEN=yes
     log "got SIG$1${STEP:+: the step saves and stops}"
     [[ -z $STEP ]] || kill -"$1" "$STEP" 2>/dev/null || true
 }
@@ -73,15 +73,16 @@ pass_on() {
 # in_step WORDS...: srun with these words, our signals passed on to it; its exit code.
 in_step() {
     local code=0 again
+    WOKEN=''
     srun --kill-on-bad-exit=1 --wait=60 --unbuffered --cpu-bind=cores "$@" &
     STEP=$!
     wait "$STEP" || code=$?
-    # A trapped signal interrupts wait: ask again until bash no longer knows the process.
-    while ((code > 128)); do
-        again=0
+    # A trapped signal interrupts wait: ask again, as often as one came. (What wait says of a process that it
+    # has reported already depends on bash: its code again, or 127.)
+    while [[ -n $WOKEN ]]; do
+        WOKEN='' again=0
         wait "$STEP" 2>/dev/null || again=$?
-        ((again != 127)) || break
-        code=$again
+        ((again == 127)) || code=$again
     done
     STEP=''
     # Python needs seconds to start; a signal before its handlers are there ends it with nothing lost.

@@ -31,7 +31,8 @@ def adapter(folder):
 
 
 def train_words(cluster, experiment, folder, *more):
-    return ["train", "--config", experiment, "--save_dir", cluster.project / folder, "--resume", "auto", *more]
+    """The data is small: only --max_steps ends these runs."""
+    return ["train", "--config", experiment, "--save_dir", cluster.project / folder, "--resume", "auto", "--epochs", 1000, *more]
 
 
 @pytest.fixture(scope="module")
