@@ -76,7 +76,7 @@ def test_sweep_of_four_is_cancelled_in_the_middle_goes_on_and_ranks_what_it_trai
     first = json.loads((run / "jobs.json").read_text())["jobs"]
     finished = lambda: len(list(run.glob("trials/*/DONE.json")))  # noqa: E731
     cluster.until(lambda: finished() >= 1, "a finished trial")
-    cluster.run("scancel", *first.values())
+    cluster.run("scancel", f"{first['sweep']}_0", f"{first['sweep']}_1", first["merge"])
     cluster.wait(first["sweep"])
     before = {p: p.stat().st_mtime for p in run.glob("trials/*/DONE.json")}
     assert 1 <= len(before) < 4 and not (run / "LEADERBOARD.md").exists()
