@@ -62,35 +62,3 @@ def test_eight_shards_with_a_killed_task_and_a_poison_prompt_give_every_completi
     assert json.loads((run / "infer/run.json").read_text())["status"] == "completed"
     status = cluster.lorabatch("status", run)
     assert status.returncode == 70 and "8 of 8 begun shards done" in status.stdout and "FAILED" in status.stdout
-
-
-def test_sweep_of_four_is_cancelled_in_the_middle_goes_on_and_ranks_what_it_trained(cluster, experiment, tiny_llama_dir):
-    run, data = cluster.project / "results/sweep", cluster.project / "texts.txt"
-    file = cluster.project / "sweep.toml"
-    file.write_text(
-        f'[train]\nbase_model = "{tiny_llama_dir}"\ntrain_path = "{data}"\nval_path = "{data}"\ndtype = "fp32"\nthreads = 1\n'
-        "batch_size = 4\nmax_steps = 4\nlora_r = 2\n[search]\nlr = [1e-6, 0.02]\nseed = [1, 2]\n"
-    )
-    flags = ["--sweep_file", file, "--device", "cpu", "--array", 2, "--cpus_per_task", 2, "--time", 20, "--run_dir", run]
-    assert cluster.lorabatch("submit", "sweep", *flags).returncode == 0
-    first = json.loads((run / "jobs.json").read_text())["jobs"]
-    finished = lambda: len(list(run.glob("trials/*/DONE.json")))  # noqa: E731
-    cluster.until(lambda: finished() >= 1, "a finished trial")
-    cluster.run("scancel", f"{first['sweep']}_0", f"{first['sweep']}_1", first["merge"])
-    cluster.wait(first["sweep"])
-    before = {p: p.stat().st_mtime for p in run.glob("trials/*/DONE.json")}
-    assert 1 <= len(before) < 4 and not (run / "LEADERBOARD.md").exists()
-
-    assert cluster.lorabatch("submit", "sweep", *flags).returncode == 0
-    again = json.loads((run / "jobs.json").read_text())["jobs"]
-    assert cluster.wait(again["merge"]) == [(again["merge"], "COMPLETED", "0:0")]
-    assert all(p.stat().st_mtime == t for p, t in before.items()), "a finished trial was trained again"
-    board = json.loads((run / "leaderboard.json").read_text())
-    assert [row["point"]["lr"] for row in board["rows"]] == [0.02, 1e-6]
-    for row in board["rows"]:
-        folders = [run / f"trials/{i:04d}" for i in row["trials"]]
-        losses = [
-            json.loads((f / json.loads((f / "DONE.json").read_text())["run"] / "metrics.json").read_text())["eval_loss"] for f in folders
-        ]
-        assert row["runs"] == 2 and row["mean"] == pytest.approx(sum(losses) / 2)
-        assert row["half_width"] == pytest.approx(12.706 * abs(losses[0] - losses[1]) / 2)
