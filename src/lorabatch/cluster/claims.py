@@ -128,7 +128,7 @@ def work_through(
 ) -> int:
     """Claim and do items until none is left; returns how many are not done.
 
-    ``work(index, claim)`` does one item and calls ``claim.finish``. With ``wait`` we stay until the items of
+    ``work(index, claim)`` does one item and calls ``claim.finish``; if it raises, the item is free again at once. With ``wait`` we stay until the items of
     others are done too, and take over those that are abandoned; without, we leave when nothing is free.
     """
     while True:
@@ -140,7 +140,11 @@ def work_through(
             if claim is not None:
                 worked = True
                 with claim:
-                    work(index, claim)
+                    try:
+                        work(index, claim)
+                    except BaseException:
+                        claim.release()
+                        raise
         left = sum(not is_done(folder) for folder in folders)
         if left == 0 or stop_requested() or not (worked or wait):
             return left

@@ -55,11 +55,7 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
 
         def work(index: int, claim: Claim) -> None:
             first, end = plan["bounds"][index : index + 2]
-            try:
-                _Shard(claim, config, signals).complete(first, end)
-            except BaseException:
-                claim.release()
-                raise
+            _Shard(claim, config, signals).complete(first, end)
             print(f"shard {index} (prompts {first} to {end - 1}) done; {sum(map(is_done, shards))} of {len(shards)}", flush=True)
 
         left = work_through(

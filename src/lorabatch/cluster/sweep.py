@@ -55,11 +55,7 @@ def run_sweep(file: str, config: SweepConfig) -> int:
     with StopSignals() as signals:
 
         def work(index: int, claim: Claim) -> None:
-            try:
-                _trial(claim, settings[index], sweep["metric"], signals)
-            except BaseException:
-                claim.release()
-                raise
+            _trial(claim, settings[index], sweep["metric"], signals)
             print(f"trial {index} {trials[index]} done", flush=True)
 
         left = work_through(
