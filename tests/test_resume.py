@@ -20,9 +20,9 @@ from lorabatch.train import checkpoint
 STEPS = 12
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def attempts():
-    """Runs ``lorabatch`` in a process of its own: attempts(argv, log, kill_after_s=…) -> exit code."""
+    """Runs ``lorabatch`` in a process of its own: attempts(argv, log, kill_after_s=…) -> exit code. Ends with this file: test_system counts children."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "attempts.py")]
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -72,7 +72,7 @@ def assert_as_if_uninterrupted(folder, reference):
     assert json.loads((Path(folder) / "run.json").read_text())["status"] == "completed"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def uninterrupted(tiny_llama_dir, tmp_path_factory):
     """Finished runs in fp32 and bf16, and how long one takes."""
     folder = tmp_path_factory.mktemp("uninterrupted")

@@ -28,15 +28,16 @@ def test_a_known_load_of_a_child_is_found(tmp_path):
     """CPU seconds within two ticks of the kernel's own account, bytes at least those written."""
     with SystemSampler(tmp_path / "system.jsonl", interval_s=0.1) as sampler:
         before = resource.getrusage(resource.RUSAGE_SELF)
-        child = subprocess.Popen([sys.executable, "-c", BURN, tmp_path / "bytes"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert child.stdout.readline() == "done\n"
-        assert descendants(os.getpid()) == [os.getpid(), child.pid]
-        time.sleep(0.25)  # two looks at the finished load
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        with open(f"/proc/{child.pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-        child_cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        child.communicate()
+        command = [sys.executable, "-c", BURN, tmp_path / "bytes"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout.readline() == "done\n"
+            assert descendants(os.getpid()) == [os.getpid(), child.pid]
+            time.sleep(0.25)  # two looks at the finished load
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            with open(f"/proc/{child.pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+            child_cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            child.communicate()
     own_cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     summary = sampler.summary()
     assert summary["cpu_percent"] / 100 * summary["sampled_s"] == pytest.approx(child_cpu_s + own_cpu_s, abs=0.1)
