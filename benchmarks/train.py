@@ -190,7 +190,7 @@ def start_ours(source: Any, config: Any, dtype: Any, device: Any, adapter: Path)
     from lorabatch.config import TrainConfig
     from lorabatch.model import load
     from lorabatch.model.lora import LoraSettings
-    from lorabatch.train.loop import _update
+    from lorabatch.train.loop import train_step
     from lorabatch.train.ranks import Ranks
     from lorabatch.train.state import Learner
 
@@ -200,7 +200,7 @@ def start_ours(source: Any, config: Any, dtype: Any, device: Any, adapter: Path)
     learner, ranks = Learner(adapters, settings), Ranks()
 
     def step(documents: Any) -> float:
-        return _update(model, learner, documents, settings, RATE, ranks)["loss"]
+        return train_step(model, learner, documents, settings, RATE, ranks)["loss"]
 
     return step, adapters.num_params
 

@@ -12,7 +12,7 @@ from lorabatch.config import TrainConfig
 from lorabatch.corpus.tokens import TokenDocument
 from lorabatch.errors import TrainingError
 from lorabatch.model.lora import LoraSettings
-from lorabatch.train.loop import _update
+from lorabatch.train.loop import train_step
 from lorabatch.train.planner import configure, halved, out_of_memory
 from lorabatch.train.ranks import ALONE
 from lorabatch.train.state import Learner
@@ -36,7 +36,7 @@ def test_checkpointing_changes_no_gradient():
     for mode in ("none", "selective", "full"):
         config = TrainConfig(checkpointing=mode, lora_r=4, max_grad_norm=0)
         model, learner = learner_of(config)
-        _update(model, learner, documents(), config, 1e-3, ALONE)
+        train_step(model, learner, documents(), config, 1e-3, ALONE)
         grads.append(learner.adapters.grad.clone())
     assert grads[0].norm() > 0.01
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-7)
@@ -52,7 +52,7 @@ def test_nothing_below_the_lowest_adapted_layer_is_back_propagated():
     for index, linear in enumerate(model.decoder.linears()):
         real = linear.product.input_grad
         linear.product.input_grad = lambda grad, index=index, real=real: seen.append(index) or real(grad)
-    _update(model, learner, documents(), config, 1e-3, ALONE)
+    train_step(model, learner, documents(), config, 1e-3, ALONE)
     assert learner.adapters.grad.norm() > 0
     assert not seen, "the adapted layer itself needs no input gradient, and no other layer runs backwards"
 
@@ -60,7 +60,7 @@ def test_nothing_below_the_lowest_adapted_layer_is_back_propagated():
 def test_out_of_memory_repeats_the_step_in_smaller_blocks(capsys):
     config = TrainConfig(lora_r=4, block_tokens=64)
     model, learner = learner_of(config)
-    expected = _update(model, learner, documents(), config, 1e-3, ALONE)
+    expected = train_step(model, learner, documents(), config, 1e-3, ALONE)
     wanted = learner.adapters.flat.detach().clone()
     model, learner = learner_of(config)
     real, calls = model.loss_sum, []
@@ -72,7 +72,7 @@ def test_out_of_memory_repeats_the_step_in_smaller_blocks(capsys):
         return real(token_ids, first_targets)
 
     model.loss_sum = loss_sum
-    record = _update(model, learner, documents(), config, 1e-3, ALONE)
+    record = train_step(model, learner, documents(), config, 1e-3, ALONE)
     assert calls[0] == 56 and max(calls[1:]) <= 32 and learner.block_tokens == 32
     assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6) and record["step"] == 1
     torch.testing.assert_close(learner.adapters.flat.detach(), wanted, rtol=0, atol=2e-5)

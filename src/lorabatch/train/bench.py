@@ -18,7 +18,7 @@ from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
 from lorabatch.model.lora import LoraSettings
 from lorabatch.records import write_json
-from lorabatch.train.loop import _update
+from lorabatch.train.loop import train_step
 from lorabatch.train.ranks import ALONE
 from lorabatch.train.state import Learner
 
@@ -73,4 +73,4 @@ class _Step:
     def _run(self, size: int) -> dict[str, Any]:
         length = self._config.document_tokens
         ids = [np.array(self._random.choices(range(self._vocabulary), k=length)) for _ in range(size)]
-        return _update(self._model, self._learner, [TokenDocument(i, 1) for i in ids], self._settings, 1e-4, ALONE)
+        return train_step(self._model, self._learner, [TokenDocument(i, 1) for i in ids], self._settings, 1e-4, ALONE)

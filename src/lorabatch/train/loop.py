@@ -85,7 +85,7 @@ def train_loop(
         elif not at_end:
             on_boundary(state, False)
             rate = learning_rate(state.step, peak=config.lr, total_steps=state.total_steps, warmup=warmup, kind=config.scheduler)
-            record = _update(model, learner, [corpus.documents[i] for i in indices], config, rate, ranks)
+            record = train_step(model, learner, [corpus.documents[i] for i in indices], config, rate, ranks)
             sink({"event": "step", **record, "epoch": epoch})
             on_step(state, record)
             continue
@@ -110,7 +110,7 @@ def _note_eval(learner: Learner, result: EvalResult) -> bool:
     return improved
 
 
-def _update(
+def train_step(
     model: LossModel, learner: Learner, documents: Sequence[TokenDocument], config: TrainConfig, rate: float, ranks: Ranks
 ) -> dict[str, Any]:
     """One optimiser step. Raises TrainingError before the update if loss or gradient is not finite."""
