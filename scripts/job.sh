@@ -12,9 +12,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 readonly EX_AGAIN=75 # saved, the same command goes on
 RUN=${RUN:-results/${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
+# The number of one task of an array means the whole array to Slurm's commands.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+readonly JOB=${JOB:-$SLURM_JOB_ID}
 STEP='' SIGNALLED='' WOKEN=''
 
-log() { printf '%s job %s: %s\n' "$(date +%FT%T%z)" "$SLURM_JOB_ID" "$*"; }
+log() { printf '%s job %s: %s\n' "$(date +%FT%T%z)" "$JOB" "$*"; }
 
 load_site() {
     local file=${SITE:-generic}
@@ -54,14 +57,14 @@ provenance() {
     commit=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)
     [[ -z $(git -C "$ROOT" status --porcelain --untracked-files=no 2>/dev/null) ]] || commit+=+changes
     log "start ${SLURM_RESTART_COUNT:-0} of '${SLURM_JOB_NAME:-}' on ${SLURM_JOB_NODELIST:-?} (${SLURM_NTASKS:-1} tasks), commit $commit"
-    log "site ${SITE:-generic}, time left $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%L 2>/dev/null || echo unknown), run folder $RUN"
+    log "site ${SITE:-generic}, time left $(squeue --noheader --jobs="$JOB" --format=%L 2>/dev/null || echo unknown), run folder $RUN"
     log "command: $*"
     {
         echo "== $(date +%FT%T%z) commit $commit"
-        scontrol show job -dd "$SLURM_JOB_ID" || true
+        scontrol show job -dd "$JOB" || true
         if type module >/dev/null 2>&1; then (set +u && module list) || true; fi
         env | grep -E '^(SLURM|HF|OMP|CUDA|NCCL|ROCR|SITE|MODULES)' | grep -vE 'TOKEN|SECRET|PASSWORD|KEY' | sort
-    } >>"$RUN/provenance-$SLURM_JOB_ID.txt" 2>&1
+    } >>"$RUN/provenance-$JOB.txt" 2>&1
 }
 
 pass_on() {
@@ -107,16 +110,18 @@ run() {
 
 # stop_here CODE COMMAND: saved work goes back into the queue, anything else ends the job with its code.
 stop_here() {
-    local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} restarts=${SLURM_RESTART_COUNT:-0}
-    id=${id:-$SLURM_JOB_ID}
+    local restarts=${SLURM_RESTART_COUNT:-0}
     if (($1 != EX_AGAIN)); then
         log "$2 failed with exit code $1; the lines above say why"
+    elif [[ $(squeue --noheader --jobs="$JOB" --format=%t) == CG ]]; then
+        # Slurm ends the job already: cancelled, preempted, or out of time. Requeueing would undo scancel.
+        log "$2 is saved, and Slurm ends this job (cancelled or preempted); submit the same command again to go on"
     elif ((restarts >= ${MAX_REQUEUES:-20})); then
         log "$2 is saved, but this job was requeued $restarts times already (MAX_REQUEUES); submit it again to go on"
-    elif scontrol requeue "$id"; then
-        log "$2 is saved; job $id is requeued"
+    elif scontrol requeue "$JOB"; then
+        log "$2 is saved; job $JOB is requeued"
     else
-        log "$2 is saved, but Slurm refuses to requeue; go on with: scontrol requeue $id, or submit the same command again"
+        log "$2 is saved, but Slurm refuses to requeue; go on with: scontrol requeue $JOB, or submit the same command again"
     fi
     exit "$1"
 }

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lorabatch import slurm
 from lorabatch.cli import main
-from lorabatch.cluster import doctor, slurm
+from lorabatch.cluster import doctor
 from lorabatch.config import DoctorConfig
 from lorabatch.model import probe
 
@@ -156,3 +157,17 @@ def test_one_wrong_entry_of_a_product_is_seen(dtype):
 )
 def test_time_formats_of_slurm(text, expected):
     assert slurm.seconds(text) == expected
+
+
+def test_a_task_of_an_array_asks_for_itself_alone(monkeypatch):
+    """Slurm answers with a line per task where the number stands for the whole array."""
+    answers = {"--jobs=7": "20:00\n19:00\n", "--jobs=7_1": "19:00\n", "--jobs=8": "UNLIMITED\n"}
+    monkeypatch.setattr(slurm, "ask", lambda *words: answers[words[2]])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert slurm.job_seconds_left() is None
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert slurm.job_seconds_left() == 1140
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert slurm.job_seconds_left() is None

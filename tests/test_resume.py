@@ -14,7 +14,7 @@ import pytest
 from test_cli import ROOT, TEXTS, start, wait_for_lines
 
 from lorabatch.cli import main
-from lorabatch.signals import Deadline, limit_seconds, slurm_seconds
+from lorabatch.signals import Deadline, limit_seconds
 from lorabatch.train import checkpoint
 
 STEPS = 12
@@ -270,7 +270,6 @@ def test_deadlines(monkeypatch, capsys):
     for text in ("", "1:30", "0", "0:00:00", "-5", "1h", "1:2:3:4", "²"):
         with pytest.raises(Exception, match="give minutes"):
             limit_seconds(text)
-    assert [slurm_seconds(t) for t in ("59:30", "1:00:00", "2-03:00:05", "UNLIMITED", "")] == [3570, 3600, 183605, None, None]
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 600))
     assert Deadline.from_flag_and_slurm(None).source == "the end of the Slurm job"
     assert Deadline.from_flag_and_slurm("5").source == "--time_limit 5"

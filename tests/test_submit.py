@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lorabatch import slurm
 from lorabatch.cli import main
-from lorabatch.cluster import sites, slurm, submit
+from lorabatch.cluster import sites, submit
 from lorabatch.cluster.sites import load_site
 from lorabatch.config import SubmitConfig
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from lorabatch import slurm
 from lorabatch.errors import UsageError
 
 
@@ -69,24 +68,10 @@ def _slurm_end_s() -> float | None:
     told = os.environ.get("SLURM_JOB_END_TIME", "")
     if told.isdigit():
         return float(told)
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None or os.environ.get("SLURM_PROCID", "0") != "0":  # one question a job: all ranks stop when one does
+    if os.environ.get("SLURM_PROCID", "0") != "0":  # one question a job: all ranks stop when one does
         return None
-    try:
-        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    left_s = slurm_seconds(asked.stdout.strip())
+    left_s = slurm.job_seconds_left()
     return None if left_s is None else time.time() + left_s
-
-
-def slurm_seconds(text: str) -> float | None:
-    """Slurm's ``[days-][hours:]minutes:seconds`` in seconds; None for UNLIMITED and the like. ``"2-03:00:05"`` is 183605."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(g or 0) for g in match.groups())
-    return ((days * 24.0 + hours) * 60 + minutes) * 60 + seconds
 
 
 def limit_seconds(text: str) -> float:

@@ -17,8 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabatch import hub
-from lorabatch.cluster import slurm
+from lorabatch import hub, slurm
 from lorabatch.config import DoctorConfig
 from lorabatch.errors import LorabatchError
 from lorabatch.measure.environment import usable_cores
@@ -237,7 +236,7 @@ def _model(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _slurm(_: DoctorConfig) -> Iterator[Finding]:
-    job = os.environ.get("SLURM_JOB_ID")
+    job = slurm.job_id()
     if job is None:
         limits = slurm.partition_limits()
         yield Finding("slurm", "ok", f"partitions {', '.join(limits)}" if limits else "none here")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lorabatch.cluster import slurm
+from lorabatch import slurm
 from lorabatch.config import SubmitConfig
 from lorabatch.errors import DataError, UsageError, nearest
 

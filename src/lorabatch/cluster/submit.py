@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lorabatch.cluster import slurm
+from lorabatch import slurm
 from lorabatch.cluster.claims import DONE
 from lorabatch.cluster.sites import check_rules, load_site, variables
 from lorabatch.cluster.sweep import planned_trials
@@ -124,7 +124,8 @@ def _array(
     if config.array is None:
         return [Job(name, one, script, words, after)]
     array = f"--array=0-{config.array - 1}" + (f"%{config.parallel}" if config.parallel else "")
-    tasks = Job(name, (*one, array), script, (*words, "--leave_early"), after)
+    logs = tuple(option.replace("%j", "%A_%a") for option in one)  # as squeue and sacct name the tasks
+    tasks = Job(name, (*logs, array), script, (*words, "--leave_early"), after)
     return [tasks, Job("merge", one, script, words, (*after, ("afterany", name)))]
 
 

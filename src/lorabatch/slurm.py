@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -46,8 +47,15 @@ def partition_limits() -> dict[str, float]:
     return found
 
 
+def job_id() -> str | None:
+    """The job that we run in, as Slurm's commands take it: of an array ARRAY_TASK, because the number of one of its tasks means them all."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
 def job_seconds_left() -> float | None:
-    """Of the job that we run in; None outside a job."""
-    job = os.environ.get("SLURM_JOB_ID")
+    """Of the job that we run in; None outside a job, without a limit, or where Slurm does not answer."""
+    job = job_id()
     answer = ask("squeue", "--noheader", f"--jobs={job}", "--format=%L") if job else None
-    return seconds(answer) if answer else None
+    left_s = seconds(answer) if answer else None
+    return None if left_s is None or math.isinf(left_s) else left_s
