@@ -14,7 +14,7 @@ ALLOWED = {
     "hub": {"base", "model"},  # one writer of tensor files, imported inside the converting function
     "kernels": {"base", "kernels"},
     "model": {"base", "pure", "corpus", "hub", "kernels", "model"},
-    "ceilings": {"base", "pure", "hub", "model", "ceilings"},
+    "ceilings": {"base", "pure", "hub", "kernels", "model", "ceilings"},
     "train": {"base", "pure", "corpus", "hub", "model", "ceilings", "train"},
     "infer": {"base", "pure", "corpus", "hub", "kernels", "model", "ceilings", "infer"},
     "report": {"base", "pure", "report"},
@@ -31,7 +31,7 @@ def layer(module):
         return "base"
     if module in PURE:
         return "pure"
-    if module in ("measure.roofline", "measure.machine"):
+    if module in ("measure.roofline", "measure.machine", "measure.profile"):
         return "ceilings"
     if first == "measure":
         return "pure"

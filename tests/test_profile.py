@@ -1,21 +1,37 @@
-"""lorabatch profile: what it wraps exists, its phases add up, and the hot path is clean afterwards."""
+"""lorabatch profile: what it wraps exists, its phases add up, its advice follows from figures, and the hot path is clean afterwards."""
 
+import functools
 import gzip
 import json
+import re
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 from lorabatch.cli import main
-from lorabatch.measure.profile import SPANS, Spans, grouped, resolve, summary, wrapped
+from lorabatch.infer.program import OPERATIONS as RECORDED
+from lorabatch.infer.program import Program, unsupported
+from lorabatch.measure.explain import Facts, explain
+from lorabatch.measure.profile import OPERATIONS, PROGRAM, SPANS, Spans, _in_span, _timed, resolve, wrapped
+from lorabatch.model.load import load_config
+from lorabatch.model.spec import spec_from_config
 
 TEXTS = [f"The patient in bed {i} slept well and the monitor showed a steady rhythm {i}." for i in range(12)]
+STEP_CPP = Path(__file__).parents[1] / "src" / "lorabatch" / "kernels" / "step.cpp"
 
 
 def test_every_wrapped_function_exists():
-    for place in [place for kind in SPANS.values() for places in kind.values() for place in places]:
+    places = [place for kind in (*SPANS.values(), OPERATIONS) for places in kind.values() for place in places]
+    for place in [*places, f"{PROGRAM}._call"]:
         owner, attribute = resolve(place)
         assert callable(getattr(owner, attribute)), place
+
+
+def test_the_recorded_programs_operations_are_those_of_the_kernels():
+    names = re.search(r"enum Kind : int64_t \{ (.*), KINDS \}", STEP_CPP.read_text())[1].split(", ")
+    assert len(names) == len(RECORDED) and {"products", "adapters", "attention", "norms", "activation"} <= set(RECORDED)
 
 
 class Work:
@@ -25,46 +41,92 @@ class Work:
 
     def inner(self):
         time.sleep(0.03)
+        self.product()
+
+    def product(self):
+        time.sleep(0.01)
 
 
-def test_a_span_does_not_count_the_spans_inside_it(monkeypatch):
+def test_a_span_does_not_count_the_spans_inside_it_but_says_what_they_did(monkeypatch):
     spans, ends = Spans(), []
     monkeypatch.setattr("lorabatch.measure.profile.resolve", lambda place: (Work, place))
     original = Work.inner
-    with wrapped({"step": ("outer",), "inside": ("inner",)}, spans, lambda: ends.append(1)):
+    around = {
+        name: functools.partial(_in_span, span, spans, lambda: ends.append(1)) for name, span in (("outer", "step"), ("inner", "inside"))
+    }
+    with wrapped(around | {"product": functools.partial(_timed, "products", spans)}):
         Work().outer()
         Work().outer()
+        Work().product()  # in no span
     assert Work.inner is original and ends == [1, 1] and spans.calls == {"inside": 2, "step": 2}
     phases = spans.phases()
-    assert phases["inside"] >= 0.06 and phases["step"] >= 0.04
-    assert phases["step"] < phases["step"] + phases["inside"] <= sum(phases.values()) - phases["outside spans"] + 1e-9
+    assert phases["inside"] >= 0.08 and 0.04 <= phases["step"] < phases["outside spans"] + phases["step"]
+    assert list(spans.inside) == ["inside"] and 0.02 <= spans.inside["inside"]["products"] <= phases["inside"]
     assert all(size > 10**6 for _, _, size in spans.memory)
 
 
-def test_operators_are_grouped_and_the_summary_names_the_two_largest_costs():
-    operators = {
-        "lorabatch: decode": 2.0,
-        "aten::addmm": 3.0,
-        "mkldnn::_linear_pointwise": 1.0,
-        "aten::copy_": 0.5,
-        "aten::_fused_adamw_": 0.25,
-        "aten::mul": 0.25,
-    }
-    groups = {
-        "own kernels and plain Python": 2.0,
-        "matrix products": 4.0,
-        "copies and type conversions": 0.5,
-        "optimiser": 0.25,
-        "element-wise and norms": 0.25,
-        "attention": 0.0,
-        "everything else": 0.0,
-    }
-    assert grouped(operators) == groups
-    lines = summary("train", {"evaluate": 6.0, "backward": 3.0, "load": 1.0}, operators, {"mfu": 0.5, "measured_flops_per_s": 4e11})
-    assert lines[0].startswith("10.0 s") and "60.0%" in lines[1]
-    assert "200.0 of 400.0 Gflop/s" in " ".join(lines) and "start-up: 1.0 s" in " ".join(lines)
-    assert "--eval_every_steps" in lines[-2] and "[evaluate: 6.00 s, 60%]" in lines[-2] and "backward" in lines[-1]
-    assert not any("Gflop" in line for line in summary("train", {"load": 1.0}, {}, {"mfu": None}))
+def test_an_evaluation_is_one_span_and_first_steps_are_forgotten():
+    spans = Spans()
+    for name in ("load", "step"):
+        with spans.span(name):
+            pass
+    spans.forget()
+    with spans.span("evaluate"), spans.span("forward"):
+        spans.add("products", 0.5)
+    assert spans.calls == {"load": 1, "evaluate": 1} and spans.inside == {"evaluate": {"products": 0.5}}
+
+
+def facts(kind, *, phases, inside=None, metrics=None, able=(), config=None, **record):
+    """Of four steps; a CPU with two cores that both worked, unless ``record`` says otherwise."""
+    counts = {name: count for name, count in (("evaluate", 2), ("save", 4)) if name in phases}
+    record = {"device": "cpu", "dtype": "bf16", "threads": 2, "environment": {"usable_cores": 2}, "config": config or {}} | record
+    return Facts(kind, phases, {"step": 4, **counts}, inside or {}, record, metrics or {}, frozenset(able))
+
+
+def test_the_lines_of_a_training():
+    """10 s of work: of 6 s of backward 3 s in products and 1.5 s in adapters, so 1.5 s of torch and Python; start-up and evaluation apart."""
+    phases = {"backward": 6.0, "forward": 4.0, "load": 1.0, "outside spans": 0.5, "evaluate": 3.0, "save": 1.0}
+    inside = {"backward": {"products": 3.0, "adapters": 1.5}, "forward": {"products": 4.0}}
+    metrics = {"total_tokens": 4000, "steps": 4, "mfu": 0.5, "measured_flops_per_s": 4e11}
+    lines = explain(facts("train", phases=phases, inside=inside, metrics=metrics))
+    assert lines[0] == "4 optimiser steps of 1000 tokens, 2.50 s each (bf16 on cpu, 2 threads; profiling slows it):"
+    assert lines[1] == "  backward         6.00 s   60%   products 50%, adapters 25%, torch and Python 25%"
+    assert lines[2] == "  forward          4.00 s   40%   products 100%"
+    assert lines[3] == "besides: an evaluation 1.50 s (2 times), a save 0.25 s (4 times)"
+    assert lines[4].endswith("1.5 s, paid once per process") and "200.0 of 400.0 Gflop/s measured on this machine (50%)" in lines[5]
+    assert lines[6:] == [
+        "what to change first:",
+        "  1. the adapters take 15%: a smaller --lora_r, or fewer layers (--target_modules attn)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (facts("train", phases={"forward": 1.0}, metrics={"total_tokens": 2560, "steps": 10}), "products of 256 rows"),
+        (
+            facts("train", phases={"forward": 1.0}, metrics={"total_tokens": 8000, "steps": 4}, config={"block_tokens": 128}),
+            "--block_tokens",
+        ),
+        (facts("train", phases={"forward": 1.0}, dtype="fp32", able={"bf16"}, metrics={"total_tokens": 8000, "steps": 4}), "--dtype bf16"),
+        (facts("train", phases={"forward": 1.0}, threads=1, metrics={"total_tokens": 8000, "steps": 4}), "--threads 2: only 1 of 2"),
+        (facts("infer", phases={"decode": 1.0}, metrics={"mean_running": 4.0, "max_running": 16}), "4.0 of 16 places"),
+        (facts("infer", phases={"decode": 1.0}, metrics={"mean_running": 15.0, "max_running": 16, "completed": 50}), "--batch_size 32"),
+        (facts("infer", phases={"decode": 1.0}, able={"int8"}, config={"quantize": "none"}), "--quantize int8"),
+        (facts("infer", phases={"prefill": 1.0}), "prefill takes 100%"),
+        (facts("infer", phases={"choose token": 1.0}, config={"temperature": 1.0}), "greedy (--temperature 0)"),
+    ],
+)
+def test_advice_follows_from_the_figures(made, words):
+    advice = explain(made)
+    assert words in advice[advice.index("what to change first:") + 1]
+
+
+def test_a_run_with_nothing_to_change_is_told_so():
+    metrics = {"mean_running": 60.0, "max_running": 64, "completed": 64, "mbu": None}
+    lines = explain(facts("infer", phases={"decode": 1.0}, metrics=metrics, config={"quantize": "int8"}, able={"int8", "bf16"}))
+    assert lines[-1].endswith("nothing in these figures asks for a change") and not any("GB/s" in line for line in lines)
+    assert explain(Facts("train", {"load": 1.0}, {}, {}, {}, {}, frozenset())) == ["no step was made: nothing to explain"]
 
 
 @pytest.mark.parametrize("kind", ["train", "infer"])
@@ -83,7 +145,11 @@ def test_the_command(kind, tiny_llama_dir, tmp_path, capsys, monkeypatch):
         "infer": {"prefill", "decode", "choose token", "write"},
     }
     assert expected[kind] | {"load", "tokenise", "step"} <= set(profile["calls"]) and all(v > 0 for v in profile["phases"].values())
-    assert profile["calls"]["step"] == {"train": 4, "infer": 6}[kind]
+    assert profile["calls"]["step"] == {"train": 2, "infer": 6}[kind], "a training's first two steps warm up"
+    inside = profile["inside"][{"train": "backward", "infer": "decode"}[kind]]
+    assert "products" in inside and sum(inside.values()) <= profile["phases"][{"train": "backward", "infer": "decode"}[kind]]
+    if kind == "infer" and unsupported(spec_from_config(load_config(tiny_llama_dir)), torch.float32, torch.device("cpu")) is None:
+        assert {"attention", "norms", "cache writes"} <= set(inside) and Program.seconds is None
     trace = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"train": {"lorabatch: forward"}, "infer": {"lorabatch: decode"}}[kind] <= names

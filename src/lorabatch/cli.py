@@ -110,7 +110,7 @@ def _profile_train(config: ProfileTrainConfig, extras: dict[str, Any], command: 
     folder = Path(config.profile_dir)
     steps = config.max_steps or WARM_STEPS + config.profile_steps
     short = replace(config, save_dir=str(folder / "run"), overwrite=True, max_steps=steps, max_val_documents=config.max_val_documents or 8)
-    return profile_run("train", lambda: run_training(short, command), folder=folder, run_folder=folder / "run", steps=config.profile_steps)
+    return profile_run("train", lambda: run_training(short, command), config, run_folder=folder / "run")
 
 
 def _profile_infer(config: ProfileInferConfig, extras: dict[str, Any], command: list[str]) -> int:
@@ -119,7 +119,7 @@ def _profile_infer(config: ProfileInferConfig, extras: dict[str, Any], command: 
 
     folder = Path(config.profile_dir)
     moved = replace(config, output_dir=str(folder / "run"), overwrite=True, resume=False)
-    return profile_run("infer", lambda: run_inference(moved, command), folder=folder, run_folder=folder / "run", steps=config.profile_steps)
+    return profile_run("infer", lambda: run_inference(moved, command), config, run_folder=folder / "run")
 
 
 def _compare(config: CompareConfig, extras: dict[str, Any], command: list[str]) -> int:
@@ -198,7 +198,7 @@ def run_command(name: str, argv: list[str], *, prog: str | None = None) -> int:
     debug = "--debug" in argv
     try:
         config, extras = parse(config_class, argv, prog=prog or f"lorabatch {name}", command=name, positionals=positionals)
-        return action(config, extras, [prog or "lorabatch", name, *argv])
+        return action(config, extras, [prog or "lorabatch", *name.split(), *argv])
     except LorabatchError as error:
         if debug:
             raise

@@ -23,7 +23,8 @@ from lorabatch.model.linear import FrozenLinear
 from lorabatch.model.lora import LoraWeights
 from lorabatch.model.spec import ModelSpec
 
-EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE, LOW_RANK = range(8)
+OPERATIONS = ("embedding", "norms", "products", "cache writes", "attention", "activation", "quantisation", "adapters")
+EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE, LOW_RANK = range(len(OPERATIONS))
 OVERWRITE, ADD_TO_RESIDUAL, LOGITS, GREEDY = range(4)
 PAGE, MAX_QUERIES, TILE_ROWS = 64, 6, 8
 HAS_BF16, HAS_INT8 = 1, 2
@@ -71,6 +72,8 @@ def unsupported(spec: ModelSpec, dtype: torch.dtype, device: torch.device, *, qu
 
 class Program:
     """The recorded step of one decoder over one KV cache. ``run`` is not reentrant: it owns its buffers."""
+
+    seconds: ctypes.Array[ctypes.c_double] | None = None  # [OPERATIONS]: each adds its time here while lorabatch profile looks
 
     def __init__(
         self,
@@ -156,6 +159,7 @@ class Program:
         rows = self._step.outputs if ops is self._head else self._step.tokens
         # Threads that have less to do than they need to meet cost more than they bring, above all on busy cores.
         self._step.threads = max(1, min(self._threads, rows * self.spec.num_matmul_params // PARAMS_PER_THREAD))
+        self._step.seconds = None if self.seconds is None else ctypes.addressof(self.seconds)
         self._run(ctypes.addressof(ops), len(ops), ctypes.addressof(self._step))
 
     def _set_threads(self) -> None:

@@ -1,11 +1,13 @@
-"""``lorabatch profile``: where the time of a short run goes, by phase and by operator, and what to change first.
+"""``lorabatch profile``: where the time of a short run goes, by phase, by kind of operation inside it, and by operator.
 
 Spans are put around functions from outside, for this command only: the hot path of a normal run carries nothing. They
-cover the whole run; torch.profiler records a few steps of it, after others that warm up.
+cover the whole run; torch.profiler records a few steps of it, after others that warm up. torch sees nothing of what goes
+on in our C++ kernels, so on CPUs their calls are timed here, and the recorded program times its own operations.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
@@ -17,11 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorabatch.config import ProfileInferConfig, ProfileTrainConfig
+from lorabatch.kernels import cpu_flags
+from lorabatch.measure.explain import ONCE, Facts, explain
+from lorabatch.model.device import cpu_has_bf16
 from lorabatch.records import read_json, write_json
 
 WARM_STEPS = 2
 STEP = "step"  # the span whose end is one step of the profiler's schedule
 FORWARD = "prefill or decode"  # which of the two the segments say
+WHOLE = "evaluate"  # what goes on inside it is part of it: a forward pass of training is another thing
 SPANS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "read data": ("lorabatch.train.run:read_documents",),
@@ -32,7 +39,7 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
         "forward": ("lorabatch.model.native:NativeModel.loss_sum", "lorabatch.model.hf:HfModel.loss_sum"),
         "backward": ("torch:Tensor.backward",),
         "optimiser": ("torch.optim:AdamW.step",),
-        "evaluate": ("lorabatch.train.loop:evaluate",),
+        WHOLE: ("lorabatch.train.loop:evaluate",),
         "save": ("lorabatch.train.saver:Saver.save_adapter", "lorabatch.train.checkpoint:write"),
     },
     "infer": {
@@ -47,25 +54,20 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
         "write": ("lorabatch.records:JsonlWriter.write",),
     },
 }
-ONCE = ("outside spans", "read data", "tokenise", "load")  # start-up: a profile is short, so its share says nothing
-GROUPS = (  # of operators, by what their names contain; the first that fits
-    ("own kernels and plain Python", ("lorabatch: ",)),
-    ("matrix products", ("mm", "linear", "conv", "AdaptedProduct", "FrozenProduct")),
-    ("attention", ("attention", "flash", "softmax")),
-    ("copies and type conversions", ("copy", "cat", "clone", "to_", "::to", "contiguous", "index", "gather", "fill", "zero")),
-    ("optimiser", ("adam",)),
-    ("element-wise and norms", ("mul", "add", "sub", "div", "sum", "mean", "pow", "sqrt", "silu", "gelu", "sigmoid", "exp", "norm", "neg")),
-)
-ADVICE = {  # phase -> what to change if it costs much
-    "evaluate": "evaluate less often (--eval_every_steps) or on fewer documents (--max_val_documents)",
-    "backward": "larger blocks keep the products busy (--block_tokens), a smaller rank makes the adapters cheaper (--lora_r)",
-    "forward": "larger blocks keep the products busy (--block_tokens); --dtype bf16 where the processor has it",
-    "optimiser": "more documents per update (--grad_accum_steps), or adapters on fewer layers (--target_modules attn)",
-    "save": "save and evaluate less often (--eval_every_steps)",
-    "prefill": "shorter prompts, or more of them at once (--prefill_tokens)",
-    "decode": "more requests at once share each read of the weights (--batch_size; lorabatch bench infer finds the knee)",
-    "choose token": "output head and sampling: greedy decoding (--temperature 0) and fewer filters cost less",
+PASSES = "lorabatch.model.fused:Passes"
+OPERATIONS = {  # on CPUs, where a call returns when it is done
+    "products": tuple(
+        f"lorabatch.model.{owner}.{method}"
+        for owner in ("linear:Prepacked", "linear:Dense", "quantised:_Rebuilt", "sharded:Sharded")
+        for method in ("forward", "input_grad")
+    ),
+    "adapters": (f"{PASSES}.lora", f"{PASSES}.lora_grad"),
+    "attention": (f"{PASSES}.attend", f"{PASSES}.attend_grad"),
+    "norms": (f"{PASSES}.norm", f"{PASSES}.norm_grad"),
+    "activation": (f"{PASSES}.swiglu", f"{PASSES}.swiglu_grad"),
+    "loss": (f"{PASSES}.loss_rows",),
 }
+PROGRAM = "lorabatch.infer.program:Program"
 
 
 @dataclass
@@ -74,28 +76,44 @@ class Spans:
 
     self_s: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    inside: dict[str, dict[str, float]] = field(default_factory=dict)  # span -> kind of operation -> seconds, part of the span's own
     memory: list[tuple[float, str, int]] = field(default_factory=list)  # (seconds since start, span, bytes)
     start_s: float = field(default_factory=time.perf_counter)
+    _open: list[str] = field(default_factory=list)
     _inner_s: list[float] = field(default_factory=lambda: [0.0])
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         import torch
 
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() or WHOLE in self._open:
             yield
             return
         begin = time.perf_counter()
+        self._open.append(name)
         self._inner_s.append(0.0)
         try:
             with torch.profiler.record_function(f"lorabatch: {name}"):
                 yield
         finally:
             now = time.perf_counter()
+            self._open.pop()
             self.self_s[name] = self.self_s.get(name, 0.0) + now - begin - self._inner_s.pop()
             self.calls[name] = self.calls.get(name, 0) + 1
             self._inner_s[-1] += now - begin
             self.memory.append((round(now - self.start_s, 3), name, memory_bytes()))
+
+    def add(self, operation: str, seconds: float) -> None:
+        """Seconds of an operation inside the innermost span."""
+        if self._open and seconds:
+            kinds = self.inside.setdefault(self._open[-1], {})
+            kinds[operation] = kinds.get(operation, 0.0) + seconds
+
+    def forget(self) -> None:
+        """What was so far counts as start-up, but for what happens once."""
+        self.self_s = {name: seconds for name, seconds in self.self_s.items() if name in ONCE}
+        self.calls = {name: count for name, count in self.calls.items() if name in ONCE}
+        self.inside = {}
 
     def phases(self) -> dict[str, float]:
         """Seconds by phase; together they are the whole time since the start."""
@@ -113,16 +131,15 @@ def memory_bytes() -> int:
 
 
 @contextmanager
-def wrapped(targets: Mapping[str, tuple[str, ...]], spans: Spans, on_step: Callable[[], None]) -> Iterator[None]:
-    """Every function of ``targets`` runs inside its span meanwhile."""
+def wrapped(wrappers: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]]) -> Iterator[None]:
+    """Each function ``place`` is replaced by ``wrappers[place](function)`` meanwhile."""
     undo: list[tuple[Any, str, Any]] = []
     try:
-        for name, places in targets.items():
-            for place in places:
-                owner, attribute = resolve(place)
-                original = getattr(owner, attribute)
-                undo.append((owner, attribute, original))
-                setattr(owner, attribute, _in_span(name, original, spans, on_step if name == STEP else None))
+        for place, wrap in wrappers.items():
+            owner, attribute = resolve(place)
+            original = getattr(owner, attribute)
+            undo.append((owner, attribute, original))
+            setattr(owner, attribute, functools.wraps(original)(wrap(original)))
         yield
     finally:
         for owner, attribute, original in reversed(undo):
@@ -136,13 +153,21 @@ def resolve(place: str) -> tuple[Any, str]:
     return functools.reduce(getattr, classes, importlib.import_module(module)), attribute
 
 
-def _in_span(name: str, original: Callable[..., Any], spans: Spans, on_end: Callable[[], None] | None) -> Callable[..., Any]:
-    @functools.wraps(original)
+def wrappers(kind: str, spans: Spans, on_step: Callable[[], None], *, synchronous: bool) -> Mapping[str, Callable[..., Any]]:
+    """What ``wrapped`` puts around which function; operations are timed where their calls are ``synchronous``."""
+    found = {place: functools.partial(_in_span, name, spans, on_step) for name, places in SPANS[kind].items() for place in places}
+    if synchronous:
+        found |= {place: functools.partial(_timed, name, spans) for name, places in OPERATIONS.items() for place in places}
+        found |= {f"{PROGRAM}._call": functools.partial(_self_timed, spans)} if kind == "infer" else {}
+    return found
+
+
+def _in_span(name: str, spans: Spans, on_step: Callable[[], None], original: Callable[..., Any]) -> Callable[..., Any]:
     def run(*values: Any, **named: Any) -> Any:
         with spans.span(_prefill_or_decode(values[1]) if name == FORWARD else name):
             result = original(*values, **named)
-        if on_end:
-            on_end()
+        if name == STEP:
+            on_step()
         return result
 
     return run
@@ -152,41 +177,67 @@ def _prefill_or_decode(segments: Any) -> str:
     return "prefill" if any(len(segment.token_ids) > 1 for segment in segments) else "decode"
 
 
-def profile_run(kind: str, run: Callable[[], int], *, folder: Path, run_folder: Path, steps: int) -> int:
-    """Run once under spans and profiler; write trace, operators, phases and the summary into ``folder``."""
+def _timed(name: str, spans: Spans, original: Callable[..., Any]) -> Callable[..., Any]:
+    from torch.profiler import record_function
+
+    def run(*values: Any, **named: Any) -> Any:
+        start = time.perf_counter()
+        with record_function(f"lorabatch: {name}"):
+            result = original(*values, **named)
+        spans.add(name, time.perf_counter() - start)
+        return result
+
+    return run
+
+
+def _self_timed(spans: Spans, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of the recorded program, whose operations add up their own seconds."""
+    program = importlib.import_module("lorabatch.infer.program")  # of a higher layer, and only looked at
+
+    def run(self: Any, operations: Any) -> None:
+        self.seconds = (ctypes.c_double * len(program.OPERATIONS))()
+        original(self, operations)
+        for name, seconds in zip(program.OPERATIONS, self.seconds, strict=True):
+            spans.add(name, seconds)
+
+    return run
+
+
+def profile_run(kind: str, run: Callable[[], int], config: ProfileTrainConfig | ProfileInferConfig, *, run_folder: Path) -> int:
+    """Run once under spans and profiler; write trace, operators, phases and the summary into the configuration's folder."""
+    folder = Path(config.profile_dir)
     folder.mkdir(parents=True, exist_ok=True)
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
 
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    gpu = torch.cuda.is_available() and not config.no_cuda
     traced: dict[str, Any] = {}
 
     def keep(profiler: Any) -> None:
         profiler.export_chrome_trace(str(folder / "trace.json.gz"))
         traced["operators"] = profiler.key_averages()
 
+    def on_step() -> None:
+        profiler.step()
+        if kind == "train" and profiler.step_num == WARM_STEPS:  # weights are packed for the backward pass, memory is taken
+            spans.forget()
+
     spans = Spans()
-    plan = schedule(wait=0, warmup=WARM_STEPS, active=steps, repeat=1)
-    with profile(activities=activities, schedule=plan, on_trace_ready=keep) as profiler, wrapped(SPANS[kind], spans, profiler.step):
+    plan = schedule(wait=0, warmup=WARM_STEPS, active=config.profile_steps, repeat=1)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
+    with (
+        profile(activities=activities, schedule=plan, on_trace_ready=keep) as profiler,
+        wrapped(wrappers(kind, spans, on_step, synchronous=not gpu)),
+    ):
         code = run()
     phases = spans.phases()
-    operators = operator_seconds(traced.get("operators") or [])
-    metrics = read_json(run_folder / "metrics.json")
-    lines = summary(kind, phases, operators, metrics)
-    write_json(
-        folder / "profile.json",
-        {
-            "schema_version": 1,
-            "kind": f"profile {kind}",
-            "phases": phases,
-            "calls": spans.calls,
-            "operators": operators,
-            "memory": spans.memory,
-            "summary": lines,
-        },
-    )
+    record, metrics = (read_json(run_folder / name) for name in ("run.json", "metrics.json"))
+    able = frozenset(name for name, has in (("bf16", cpu_has_bf16()), ("int8", "avx512_vnni" in cpu_flags())) if has)
+    lines = explain(Facts(kind, phases, spans.calls, spans.inside, record, metrics, able))
+    figures = {"phases": phases, "calls": spans.calls, "inside": spans.inside, "memory": spans.memory, "summary": lines}
+    write_json(folder / "profile.json", {"schema_version": 1, "kind": f"profile {kind}", **figures})
     if traced:
-        sort = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
+        sort = "self_cuda_time_total" if gpu else "self_cpu_time_total"
         (folder / "operators.txt").write_text(traced["operators"].table(sort_by=sort, row_limit=40), encoding="utf-8")
     (folder / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw_memory(spans, folder / "memory.svg")
@@ -199,53 +250,6 @@ def profile_run(kind: str, run: Callable[[], int], *, folder: Path, run_folder: 
     ):
         print(f"  {folder / name}  {what}")
     return code
-
-
-def operator_seconds(averages: Any) -> dict[str, float]:
-    """Seconds inside each operator itself, largest first; device time where a device was used.
-
-    A span's own seconds are those of our C++ kernels, which torch does not see, and of Python.
-    """
-    found: dict[str, float] = {}
-    for event in averages:
-        if not event.key.startswith("ProfilerStep"):
-            found[event.key] = (getattr(event, "self_device_time_total", 0) or event.self_cpu_time_total) / 1e6
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def grouped(operators: Mapping[str, float]) -> dict[str, float]:
-    groups = {name: 0.0 for name, _ in GROUPS} | {"everything else": 0.0}
-    for key, seconds in operators.items():
-        name = next((name for name, words in GROUPS if any(word in key for word in words)), "everything else")
-        groups[name] += seconds
-    return dict(sorted(groups.items(), key=lambda item: -item[1]))
-
-
-def summary(kind: str, phases: Mapping[str, float], operators: Mapping[str, float], metrics: Mapping[str, Any]) -> list[str]:
-    """Plain language: the largest costs, how far from the machine's limit, and the two changes that could bring most."""
-    total = sum(phases.values())
-    ordered = sorted(phases.items(), key=lambda item: -item[1])
-    lines = [f"{total:.1f} s in all; most of it in:"]
-    lines += [f"  {name:14}{seconds:8.2f} s  {seconds / total:6.1%}" for name, seconds in ordered[:6] if seconds > 0]
-    inside = sum(operators.values())
-    if inside:
-        lines.append("of the profiled steps, by operator:")
-        lines += [f"  {name:28}{seconds / inside:6.1%}" for name, seconds in grouped(operators).items() if seconds > 0]
-    limits = {
-        "train": ("mfu", "measured_flops_per_s", "arithmetic", 1e9, "Gflop/s"),
-        "infer": ("mbu", "measured_bytes_per_s", "memory reads in decode", 1e9, "GB/s"),
-    }
-    share, ceiling, what, scale, unit = limits[kind]
-    if metrics.get(share) is not None:
-        peak = metrics[ceiling] / scale
-        lines.append(
-            f"{what}: {metrics[share] * peak:.1f} of {peak:.1f} {unit} measured on this machine ({metrics[share]:.0%}, slowed by profiling)"
-        )
-    once = sum(phases.get(name, 0.0) for name in ONCE)
-    lines.append(f"start-up: {once:.1f} s, paid once per process: put more work into one run")
-    lines.append("what to change first:")
-    worth = [(seconds, name) for name, seconds in ordered if name in ADVICE][:2]
-    return lines + [f"  {i}. {ADVICE[name]} [{name}: {seconds:.2f} s, {seconds / total:.0%}]" for i, (seconds, name) in enumerate(worth, 1)]
 
 
 def draw_memory(spans: Spans, path: Path) -> None:
