@@ -11,6 +11,7 @@ from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
 from lorabatch.infer.engine import Engine
 from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.model.attention import PackedAttention
+from lorabatch.model.lora import LoraSettings
 from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import spec_from_config
 from lorabatch.model.weights import build_decoder, fingerprint, normalised
@@ -203,6 +204,15 @@ def randomise_b(adapters, *, std=0.1, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for _, b in adapters.pairs.values():
         b.data.copy_(std * torch.randn(b.shape, generator=generator))
+
+
+def random_adapter(model, *, r, targets=("all-linear",), seed):
+    """LoraWeights that change the model; nothing stays attached to it."""
+    adapters = model.attach(LoraSettings(r=r, alpha=2.0 * r, target_modules=targets), seed=seed)
+    randomise_b(adapters, seed=seed)
+    for layer in model.decoder.linears():
+        layer.adapters.clear()
+    return adapters.weights()
 
 
 def tiny_corpus(lengths, *, seed=0, first_targets=None, target_bytes=None):

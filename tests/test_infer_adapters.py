@@ -3,14 +3,26 @@
 import json
 
 import pytest
-from helpers import native, randomise_b, tiny_model
+import torch
+from helpers import native, random_adapter, random_ids, tiny_model
 
 from lorabatch import kernels
 from lorabatch.cli import main
-from lorabatch.model.lora import LoraSettings, save_adapter
+from lorabatch.infer.runner import NativeRunner, ProgramRunner
+from lorabatch.model.attention import Segment
+from lorabatch.model.lora import save_adapter
 from lorabatch.records import read_jsonl
 
-needs_kernels = pytest.mark.skipif(kernels.library("step") is None, reason="no CPU kernels on this machine")
+
+@pytest.fixture(params=["kernels", "torch"])
+def runner_type(request, monkeypatch):
+    """The class that serves: the recorded program, or torch's operators as on a machine without the kernels."""
+    if request.param == "torch":
+        monkeypatch.setattr("lorabatch.infer.program.library", lambda name: None)
+        return NativeRunner
+    if kernels.library("step") is None:
+        pytest.skip("no CPU kernels on this machine")
+    return ProgramRunner
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +31,9 @@ def adapters(tmp_path_factory):
     folders = {}
     for seed, name in enumerate(("cardio", "onco")):
         model = native(tiny_model("llama"))
-        adapter = model.attach(LoraSettings(r=4, alpha=16), seed=seed)
-        randomise_b(adapter, seed=seed)
+        adapter = random_adapter(model, r=4, seed=seed)
         folders[name] = tmp_path_factory.mktemp(name)
-        save_adapter(folders[name], adapter.weights(), base_name="tiny", base_fingerprint=model.base_fingerprint, fan_in_fan_out=False)
+        save_adapter(folders[name], adapter, base_name="tiny", base_fingerprint=model.base_fingerprint, fan_in_fan_out=False)
     return folders
 
 
@@ -44,8 +55,45 @@ def rows_for(names):
     ]
 
 
-@needs_kernels
-def test_every_request_gets_its_adapter(tiny_llama_dir, tmp_path, adapters):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_request_is_the_same_bits_beside_other_adapters(runner_type, name, dtype):
+    """Prompts and single tokens of four adapters (other ranks, other layers) and of the base, in no order, in steps of any cut."""
+    reference, options = tiny_model(name), {"dtype": dtype, "prepack": runner_type is NativeRunner}
+    model = native(reference, **options)
+    last = "down_proj" if name == "llama" else "mlp.c_proj"
+    shapes = ((4, ("all-linear",)), (7, ("attn",)), (50, (last,)), (16, ("all-linear",)))
+    bank = [random_adapter(model, r=r, targets=targets, seed=seed) for seed, (r, targets) in enumerate(shapes)]
+    lengths, chosen = (70, 9, 1, 33, 2, 12), (2, 0, -1, 3, 0, 1)
+    prompts = [ids.tolist() for ids in random_ids(lengths)]
+    sizes = {"num_slots": len(prompts), "capacity": 128}
+    if runner_type is ProgramRunner:
+        sizes["max_tokens"] = 40  # of 127: cut within a prompt
+    together, alone = (runner_type(native(reference, **options), adapters=bank, **sizes) for _ in range(2))
+    for step in range(2):
+        pieces = [
+            Segment(slot, step * len(ids), ids if step == 0 else [7], adapter=a, num_logits=slot % 2 + (slot < 2) if step == 0 else 1)
+            for slot, (ids, a) in enumerate(zip(prompts, chosen, strict=True))
+        ]
+        hidden = together.forward(pieces)
+        assert len(hidden) == sum(p.num_logits for p in pieces)
+        assert torch.equal(hidden, torch.cat([alone.forward([p]) for p in pieces]))
+    for row, (ids, adapter) in enumerate(zip(prompts, chosen, strict=True)):
+        merged = native(reference, merge=bank[adapter].delta if adapter >= 0 else None, **options)
+        expected = runner_type(merged, **sizes).forward([Segment(0, 0, [*ids, 7])])[0]
+        assert (hidden[row] - expected).norm() < (1e-5 if dtype == torch.float32 else 0.05) * expected.norm()
+
+
+def test_a_bank_replaces_the_one_before(tiny_llama_dir):
+    """A second runner over one model, as after an engine that ran out of memory: its adapters are added once."""
+    model = native(tiny_model("llama"))
+    bank = [random_adapter(model, r=4, seed=1)]
+    segment = Segment(0, 0, random_ids([20])[0].tolist(), adapter=0)
+    first, second = (NativeRunner(model, num_slots=1, capacity=64, adapters=bank).forward([segment]) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_every_request_gets_its_adapter(tiny_llama_dir, tmp_path, adapters, runner_type):
     bank = ["--adapters", *(f"{name}={folder}" for name, folder in adapters.items())]
     together = infer(
         tiny_llama_dir, [*rows_for(("cardio", None, "onco")), {"prompt": "x", "id": "bad", "adapter": "neuro"}], tmp_path / "all", *bank
@@ -72,7 +120,7 @@ def test_what_cannot_be_is_said_in_one_line(tiny_llama_dir, tmp_path, adapters, 
         (["--adapters", f"a={folder}", f"a={folder}"], 64, "twice"),
         (["--adapters", f"a={tmp_path / 'none'}"], 65, "no such folder"),
         (["--adapters", f"a={folder}", "--adapter_dir", str(folder)], 64, "not both"),
-        (["--adapters", f"a={folder}", "--backend", "hf"], 69, "not in one batch here"),
+        (["--adapters", f"a={folder}", "--backend", "hf"], 69, "not in one batch on the hf backend"),
     ):
         assert main([*flags, *more, "--overwrite"]) == code
         assert words in capsys.readouterr().err

@@ -11,8 +11,8 @@ from helpers import (
     engine_greedy,
     native,
     packed_logits,
+    random_adapter,
     random_ids,
-    randomise_b,
     reference_greedy,
     tiny_model,
 )
@@ -24,7 +24,6 @@ from lorabatch.infer.packed import PANEL, pack
 from lorabatch.infer.program import PAGE, Program, group_size, unsupported
 from lorabatch.infer.runner import ProgramRunner, _cut, make_runner
 from lorabatch.model.attention import Segment
-from lorabatch.model.lora import LoraSettings
 
 pytestmark = pytest.mark.skipif(kernels.library("step") is None, reason="no CPU kernels on this machine (compiler or AVX-512 missing)")
 CPU = torch.device("cpu")
@@ -120,14 +119,6 @@ def test_greedy_is_the_first_of_the_largest_logits():
     logits = program.logits(hidden)
     assert torch.equal(logits[:, 7], logits[:, 200])
     assert program.greedy(hidden) == logits.argmax(dim=-1).tolist()
-
-
-def random_adapter(model, *, r, targets, seed):
-    adapters = model.attach(LoraSettings(r=r, alpha=2.0 * r, target_modules=targets), seed=seed)
-    randomise_b(adapters, seed=seed)
-    for layer in model.decoder.linears():
-        layer.adapters.clear()
-    return adapters.weights()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,25 +9,23 @@ def load(options):
     import torch
 
     from lorabatch.config import InferConfig
+    from lorabatch.errors import UnavailableError
     from lorabatch.hub import ModelSource
     from lorabatch.infer.engine import Engine
-    from lorabatch.infer.program import unsupported
     from lorabatch.infer.requests import Request, SamplingParams
-    from lorabatch.infer.runner import make_runner
+    from lorabatch.infer.runner import load_for_runner, make_runner
     from lorabatch.model.device import TYPE_NAMES, choose_dtype, choose_threads
-    from lorabatch.model.load import load_config, load_model, load_tokenizer
-    from lorabatch.model.spec import spec_from_config
+    from lorabatch.model.load import load_config, load_tokenizer
 
     config = InferConfig(quantize={"exact": "none", "int8": "int8"}[options.mode])
     device = torch.device("cpu")
     dtype = choose_dtype(config.dtype, device)
     choose_threads(options.threads)
-    model_config = load_config(options.model)
-    lacking = unsupported(spec_from_config(model_config), dtype, device, quantize=config.quantize)
-    if lacking and config.quantize != "none":
-        has_no_mode(lacking)
-    source = ModelSource("", options.model)
-    model = load_model(source, model_config, backend="native", dtype=dtype, device=device)
+    where = {"backend": "native", "dtype": dtype, "device": device, "quantize": config.quantize}
+    try:
+        model = load_for_runner(ModelSource("", options.model), load_config(options.model), **where)
+    except UnavailableError as error:
+        has_no_mode(str(error))
     tokenizer = load_tokenizer(options.model)
     engine = size = None
 

@@ -15,19 +15,17 @@ from lorabatch import hub
 from lorabatch.config import BenchInferConfig
 from lorabatch.errors import UsageError
 from lorabatch.infer.engine import Engine
-from lorabatch.infer.program import unsupported
 from lorabatch.infer.quality import run_quality
 from lorabatch.infer.requests import Request, SamplingParams
-from lorabatch.infer.runner import make_runner
+from lorabatch.infer.runner import load_for_runner, make_runner
 from lorabatch.measure.environment import gpu_description
 from lorabatch.measure.machine import CPU_ROWS, CPU_SHAPES, gemm_rates, measured_bytes_per_s, measured_flops_per_s
 from lorabatch.measure.roofline import decode_bytes
 from lorabatch.measure.scaling import bench_record, sweep
 from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
-from lorabatch.model.linear import Dense
 from lorabatch.model.native import NativeModel
-from lorabatch.model.spec import ModelSpec, spec_from_config
+from lorabatch.model.spec import ModelSpec
 from lorabatch.records import write_json
 
 
@@ -38,10 +36,7 @@ def run_bench_infer(config: BenchInferConfig, command: list[str]) -> int:
     device, threads = choose_device(no_cuda=config.no_cuda), choose_threads(config.threads)
     dtype = choose_dtype(config.dtype, device)
     model_config = load.load_config(source.path)
-    spec = spec_from_config(model_config)
-    programmed = spec is not None and unsupported(spec, dtype, device, quantize=config.quantize) is None  # packs the weights itself
-    product = (lambda weight, _: Dense(weight)) if programmed else None
-    model = load.load_model(source, model_config, backend="native", dtype=dtype, device=device, product=product)
+    model = load_for_runner(source, model_config, backend="native", dtype=dtype, device=device, quantize=config.quantize)
     assert isinstance(model, NativeModel)
     if config.quality:
         return run_quality(config, model, load.load_tokenizer(source.path))

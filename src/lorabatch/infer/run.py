@@ -107,10 +107,9 @@ class _Loaded:
 
 
 def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_dir: Path | None, names: AdapterNames) -> _Loaded:
-    from lorabatch.infer.program import unsupported
+    from lorabatch.infer.runner import load_for_runner, programmed
     from lorabatch.model import load
     from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
-    from lorabatch.model.linear import Dense
     from lorabatch.model.lora import linear_shapes, load_adapter
     from lorabatch.model.native import NativeModel
     from lorabatch.model.spec import spec_from_config
@@ -120,23 +119,16 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
     dtype = choose_dtype(config.dtype, device)
     tokenizer = load.load_tokenizer(source.path)
     model_config = load.load_config(source.path)
-    spec = None if config.backend == "hf" else spec_from_config(model_config)
-    lacking = "it has no native decoder" if spec is None else unsupported(spec, dtype, device, quantize=config.quantize)
-    if lacking and config.quantize != "none":
-        raise UnavailableError(f"not possible here: {lacking}", where=f"--quantize {config.quantize}", fix="use --quantize none")
-    model = load.load_model(
-        source,
-        model_config,
-        backend=config.backend,
-        dtype=dtype,
-        device=device,
-        adapter_dir=adapter_dir,
-        product=None if lacking else lambda weight, _: Dense(weight),  # the program packs them itself
+    if names.folders and (config.backend == "hf" or spec_from_config(model_config) is None):
+        raise UnavailableError("not in one batch on the hf backend", where="--adapters", fix="run them one by one with --adapter_dir")
+    quantize = config.quantize
+    model = load_for_runner(
+        source, model_config, backend=config.backend, dtype=dtype, device=device, quantize=quantize, adapter_dir=adapter_dir
     )
-    if names.folders and lacking:
-        raise UnavailableError(f"not in one batch here: {lacking}", where="--adapters", fix="run them one after another with --adapter_dir")
     bank: tuple[LoraWeights, ...] = ()
+    kernels = False
     if isinstance(model, NativeModel):
+        kernels = programmed(model.spec, dtype, device, quantize=quantize)
         bank = tuple(load_adapter(d, linear_shapes(model.decoder), base_fingerprint=model.base_fingerprint) for d in names.folders.values())
     limit = min(model.max_positions, config.max_len or model.max_positions)
     adapter = str(adapter_dir) if adapter_dir else None
@@ -146,12 +138,12 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
         dtype=TYPE_NAMES[dtype],
         threads=threads,
         backend=model.backend,
-        cpu_kernels=lacking is None,
+        cpu_kernels=kernels,
         gpu=gpu_description(),
     )
     precision = TYPE_NAMES[dtype] if config.quantize == "none" else f"{config.quantize} weights, {TYPE_NAMES[dtype]} cache"
-    kernels = ", own kernels" if lacking is None else ""
-    print(f"base {source.name} ({precision} on {device}, {threads} threads{kernels}), {_adapter_words(adapter, bank)}")
+    words = ", own kernels" if kernels else ""
+    print(f"base {source.name} ({precision} on {device}, {threads} threads{words}), {_adapter_words(adapter, bank)}")
     base = f"{source.name} {model.base_fingerprint or source.revision}"
     work_key = f"{base} {_adapter_key(model, adapter_dir)} {TYPE_NAMES[dtype]} {config.quantize} {limit} {config.long_prompt}"
     work_key += "".join(f" {name}={weights.digest()}" for name, weights in zip(names.folders, bank, strict=True))

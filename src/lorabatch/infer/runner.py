@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lorabatch.errors import UnavailableError
+from lorabatch.hub import ModelSource
 from lorabatch.infer.kv_cache import CacheAttention, KVCache, pages
+from lorabatch.infer.low_rank import attach_bank, by_adapter
 from lorabatch.infer.program import Program, group_size, unsupported
 from lorabatch.model.attention import Segment
+from lorabatch.model.linear import Dense
+from lorabatch.model.load import Model, load_model
 from lorabatch.model.lora import LoraWeights
 from lorabatch.model.native import NativeModel
+from lorabatch.model.spec import ModelSpec, spec_from_config
 
 
 class Runner(Protocol):
@@ -40,13 +46,19 @@ class Runner(Protocol):
 class NativeRunner:
     static = False
 
-    def __init__(self, model: NativeModel, *, num_slots: int, capacity: int) -> None:
+    def __init__(self, model: NativeModel, *, num_slots: int, capacity: int, adapters: Sequence[LoraWeights] = ()) -> None:
+        """adapters: stay apart, chosen by segment."""
         decoder = model.decoder
         self._decoder = decoder
+        self._groups = attach_bank(decoder, adapters) if adapters else None
         self.cache = KVCache(model.spec, num_slots=num_slots, capacity=capacity, dtype=decoder.dtype, device=decoder.device)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
+        back = None
+        if self._groups is not None:
+            segments, back = by_adapter(segments)
+            self._groups.set(segments)
         token_ids: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
@@ -56,7 +68,9 @@ class NativeRunner:
             wanted += range(len(token_ids) - segment.num_logits, len(token_ids))
         places = self._ints(positions)
         hidden = self._decoder(self._ints(token_ids), places, CacheAttention(self.cache, segments, places))
-        return hidden if len(wanted) == len(token_ids) else hidden[self._ints(wanted)]
+        if back is not None:
+            wanted = [wanted[i] for i in back]
+        return hidden if back is None and len(wanted) == len(token_ids) else hidden[self._ints(wanted)]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -88,13 +102,15 @@ class ProgramRunner:
         """max_tokens: of one call of the kernels; larger steps are cut, which changes no bit."""
         self.cache = KVCache(model.spec, num_slots=num_slots, capacity=capacity, dtype=model.decoder.dtype, device=model.decoder.device)
         self._program = Program(model.decoder, cache=self.cache.data, max_tokens=max_tokens, quantize=quantize, adapters=adapters)
-        self._group_size, self._max_tokens = group_size(model.spec), max_tokens
+        self._group_size, self._max_tokens, self._apart = group_size(model.spec), max_tokens, bool(adapters)
         self.logits, self.greedy = self._program.logits, self._program.greedy
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """As the protocol says; the hidden states are not normalised yet, ``logits`` and ``greedy`` do that."""
-        hidden = [self._run(piece) for piece in _cut(segments, self._max_tokens)]
-        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        segments, back = by_adapter(segments) if self._apart else (segments, None)
+        pieces = [self._run(piece) for piece in _cut(segments, self._max_tokens)]
+        hidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return hidden if back is None else hidden[back]
 
     def _run(self, segments: Sequence[Segment]) -> Tensor:
         token_ids: list[int] = []
@@ -143,11 +159,30 @@ def make_runner(
     model: NativeModel, *, num_slots: int, capacity: int, max_tokens: int, quantize: str = "none", adapters: Sequence[LoraWeights] = ()
 ) -> Runner:
     """The fastest runner of this machine for this model. UnavailableError if ``quantize`` needs kernels that are not there."""
-    why = unsupported(model.spec, model.decoder.dtype, model.decoder.device, quantize=quantize)
-    if why is None:
+    if programmed(model.spec, model.decoder.dtype, model.decoder.device, quantize=quantize):
         return ProgramRunner(model, num_slots=num_slots, capacity=capacity, max_tokens=max_tokens, quantize=quantize, adapters=adapters)
-    if adapters:
-        raise UnavailableError(f"not in one batch here: {why}", where="--adapters", fix="run them one after another with --adapter_dir")
-    if quantize != "none":
+    return NativeRunner(model, num_slots=num_slots, capacity=capacity, adapters=adapters)
+
+
+def programmed(spec: ModelSpec | None, dtype: torch.dtype, device: torch.device, *, quantize: str) -> bool:
+    """Whether a model runs as a recorded program here; spec: None if it has no native decoder. UnavailableError if only a program quantises."""
+    why = "it has no native decoder" if spec is None else unsupported(spec, dtype, device, quantize=quantize)
+    if why is not None and quantize != "none":
         raise UnavailableError(f"not possible here: {why}", where=f"--quantize {quantize}", fix="use --quantize none")
-    return NativeRunner(model, num_slots=num_slots, capacity=capacity)
+    return why is None
+
+
+def load_for_runner(
+    source: ModelSource,
+    config: Any,
+    *,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str,
+    adapter_dir: Path | None = None,
+) -> Model:
+    """As ``model.load.load_model``; a program packs the weights itself, so they are kept plain for it. Errors: those of both."""
+    plain = programmed(None if backend == "hf" else spec_from_config(config), dtype, device, quantize=quantize)
+    product = (lambda weight, _: Dense(weight)) if plain else None
+    return load_model(source, config, backend=backend, dtype=dtype, device=device, adapter_dir=adapter_dir, product=product)
