@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorabatch.infer.low_rank import fused_pair, part_ranks
 from lorabatch.kernels import library
-from lorabatch.model.linear import FrozenLinear
+from lorabatch.model.linear import Part
 from lorabatch.model.lora import LoraWeights
 
 PANEL = 48
@@ -31,41 +30,53 @@ class PackedWeight:
 
 def pack(weight: Tensor, *, quantize: str) -> PackedWeight:
     """int8: symmetric per output row, the largest magnitude becomes 127."""
-    rows = -(-weight.shape[0] // PANEL) * PANEL
     if quantize == "none":
-        return PackedWeight(_panels(weight, rows), None, None)
+        return PackedWeight(_panels(weight), None, None)
     wide = weight.float()
     scales = wide.abs().amax(dim=1) / 127
     values = (wide / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8)
-    padded = torch.zeros(2, rows)
+    padded = torch.zeros(2, _whole(len(scales), PANEL))
     padded[0, : len(scales)], padded[1, : len(scales)] = scales, 128 * values.sum(dim=1, dtype=torch.float32)
-    return PackedWeight(_panels(values, rows), padded[0].contiguous(), padded[1].to(torch.int32))
+    return PackedWeight(_panels(values), padded[0].contiguous(), padded[1].to(torch.int32))
 
 
-def _panels(values: Tensor, rows: int) -> Tensor:
+def _panels(values: Tensor, columns: int = PANEL) -> Tensor:
     values = values.contiguous()
-    out = torch.empty(rows, values.shape[1], dtype=values.dtype)
+    out = torch.empty(_whole(values.shape[0], columns), values.shape[1], dtype=values.dtype)
     kernels = library("step")
     assert kernels is not None  # ``unsupported`` was asked first
-    count = [ctypes.c_int64(x) for x in (*values.shape, values.element_size())]
+    count = [ctypes.c_int64(x) for x in (*values.shape, values.element_size(), columns)]
     kernels.lb_pack(ctypes.c_void_p(values.data_ptr()), *count, ctypes.c_void_p(out.data_ptr()))
     return out
 
 
+def _whole(count: int, size: int) -> int:
+    """``count`` rounded up to a multiple of ``size``."""
+    return -(-count // size) * size
+
+
 @dataclass(frozen=True)
 class LowRankBank:
-    """The adapters of one layer, side by side: packed A [adapters, rank, I] and B [adapters, O, rank], the scale in B."""
+    """The adapters of one part of a layer, side by side: packed A [adapters, rank, I] and B [adapters, O, rank], the scale in B."""
 
     a: Tensor
     b: Tensor
-    rank: int  # of all parts of the layer together
+    rank: int
+    vectors: int  # registers of 16 columns in a panel of A
 
 
-def low_rank_bank(layer: FrozenLinear, adapters: Sequence[LoraWeights], dtype: torch.dtype) -> LowRankBank | None:
-    """None if no adapter touches the layer. Parts and adapters of smaller rank are filled up with zeros."""
-    ranks = [r + r % 2 for r in part_ranks(layer, adapters)]  # whole words of the kernels in bf16
-    if not any(ranks):
+def low_rank_bank(part: Part, in_features: int, adapters: Sequence[LoraWeights], dtype: torch.dtype) -> LowRankBank | None:
+    """None if no adapter touches the part. Adapters of smaller rank, or without this part, are filled up with zeros."""
+    rank = _whole(max((a.pairs[part.path][0].shape[0] for a in adapters if part.path in a.pairs), default=0), 2)  # whole words in bf16
+    if not rank:
         return None
-    pairs = [fused_pair(layer, adapter, ranks) for adapter in adapters]
-    a, b = (torch.stack([_panels(m.to(dtype), -(-m.shape[0] // PANEL) * PANEL) for m in half]) for half in zip(*pairs, strict=True))
-    return LowRankBank(a, b, sum(ranks))
+    vectors = PANEL // 16 if _whole(rank, 16) % PANEL == 0 else 1  # rank 16 would waste two thirds of a wide panel
+    a_bank, b_bank = [], []
+    for adapter in adapters:
+        a, b = torch.zeros(rank, in_features), torch.zeros(part.stop - part.start, rank)
+        if part.path in adapter.pairs:
+            own_a, own_b = adapter.scaled(part.path)
+            a[: len(own_a)], b[:, : len(own_a)] = own_a, own_b
+        a_bank.append(_panels(a.to(dtype), vectors * 16))
+        b_bank.append(_panels(b.to(dtype)))
+    return LowRankBank(torch.stack(a_bank), torch.stack(b_bank), rank, vectors)

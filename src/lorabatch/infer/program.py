@@ -33,7 +33,7 @@ PARAMS_PER_THREAD = 1 << 20  # multiplications that make another thread worth wa
 
 class _Op(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("kind", "mode", "weight", "n", "k")),
+        *((name, ctypes.c_int64) for name in ("kind", "mode", "weight", "n", "k", "stride", "vectors")),
         *((name, ctypes.c_void_p) for name in ("a", "b", "c", "d", "e", "out", "scales", "plain")),
         ("value", ctypes.c_double),
     )
@@ -220,23 +220,26 @@ class Program:
     def _linear(self, layer: FrozenLinear, mode: int, *, out: Tensor) -> None:
         """The product, then what the rows' adapters add to it."""
         self._ops.append(self._product(layer, mode, out=out))
-        bank = low_rank_bank(layer, self._adapters, self.dtype)
-        if bank is not None:
-            self._keep.append(bank)
-            self._max_rank = max(self._max_rank, bank.rank)
-            self._ops.append(
-                _Op(
-                    kind=LOW_RANK,
-                    mode=mode,
-                    weight=bank.rank,
-                    n=layer.out_features,
-                    k=layer.in_features,
-                    a=self._narrow.data_ptr(),
-                    b=bank.a.data_ptr(),
-                    c=bank.b.data_ptr(),
-                    out=out.data_ptr(),
+        for part in layer.parts if self._adapters else ():
+            bank = low_rank_bank(part, layer.in_features, self._adapters, self.dtype)
+            if bank is not None:
+                self._keep.append(bank)
+                self._max_rank = max(self._max_rank, bank.rank)
+                self._ops.append(
+                    _Op(
+                        kind=LOW_RANK,
+                        mode=mode,
+                        weight=bank.rank,
+                        n=part.stop - part.start,
+                        k=layer.in_features,
+                        stride=layer.out_features,
+                        vectors=bank.vectors,
+                        a=self._narrow.data_ptr(),
+                        b=bank.a.data_ptr(),
+                        c=bank.b.data_ptr(),
+                        out=out.data_ptr() + part.start * out.element_size(),
+                    )
                 )
-            )
 
     def _rows_op(self, kind: int, *, n: int, a: Tensor, mode: int = 0) -> _Op:
         """An operation on rows whose result feeds the next product: 8 bits with scales, or the plain type."""

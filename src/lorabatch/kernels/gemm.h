@@ -28,19 +28,19 @@ struct Float : T {
 };
 
 // One tile: rows x (row stride in bytes) times one panel. While it runs, `lines` cache lines per step of `ahead` are
-// fetched: the panel that comes next, so that memory works while the products do.
-template <class W, int ROWS>
+// fetched: the panel that comes next, so that memory works while the products do. V: panels of V * 16 columns.
+template <class W, int ROWS, int V = VECTORS>
 [[gnu::noinline]] static void tile(const char* x, int64_t stride, const char* panel, int64_t dwords, const char* ahead, int lines,
-                        typename W::Accumulator (&result)[ROWS][VECTORS]) {
-    typename W::Accumulator sum[ROWS][VECTORS];
+                        typename W::Accumulator (&result)[ROWS][V]) {
+    typename W::Accumulator sum[ROWS][V];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; v++) sum[r][v] = W::zero();
+        for (int v = 0; v < V; v++) sum[r][v] = W::zero();
     for (int64_t i = 0; i < dwords; i++) {
-        __m512i w[VECTORS];
+        __m512i w[V];
 #pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; v++) w[v] = _mm512_loadu_si512(panel + (i * PANEL + v * 16) * 4);
+        for (int v = 0; v < V; v++) w[v] = _mm512_loadu_si512(panel + (i * V + v) * 64);
         for (int l = 0; l < lines; l++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
@@ -48,13 +48,13 @@ template <class W, int ROWS>
             std::memcpy(&word, x + r * stride + i * 4, 4);
             const __m512i a = _mm512_set1_epi32(word);
 #pragma GCC unroll 3
-            for (int v = 0; v < VECTORS; v++) sum[r][v] = W::dot(sum[r][v], a, w[v]);
+            for (int v = 0; v < V; v++) sum[r][v] = W::dot(sum[r][v], a, w[v]);
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; v++) result[r][v] = sum[r][v];
+        for (int v = 0; v < V; v++) result[r][v] = sum[r][v];
 }
 
 // Calls f(std::integral_constant<int, rows>) for 1 <= rows <= 8.

@@ -16,6 +16,7 @@ enum Weight : int64_t { NATIVE, INT8 };
 struct Op {
     int64_t kind, mode, weight;  // mode: Output of a product; 1 = gated activation; 1 = the norm's rows are the outputs
     int64_t n, k;                // features out and in
+    int64_t stride, vectors;     // of low_rank: features of a whole row of out; registers of a panel of A
     const void *a, *b, *c, *d, *e;
     void *out, *scales;
     void* plain;  // where 8-bit rows are wanted in the plain type too (for adapters)
@@ -359,31 +360,32 @@ static void quantise(const Op& op, const Step& s, float* scratch) {
     }
 }
 
-// y += x Aᵀ Bᵀ with each row's own adapter. b, c: banks of packed A [adapters] and packed B [adapters], B with the scale of LoRA in it and
-// zeros between the parts of a fused layer; weight: rank, all parts together. Source: LoRA, arXiv 2106.09685; grouping as in Punica, 2310.18547.
-template <class T>
+// y += x Aᵀ Bᵀ with each row's own adapter, y: the columns of one part of a fused layer. b, c: banks of packed A [adapters], in panels of
+// V * 16 columns, and packed B [adapters], with the scale of LoRA in it; weight: rank. Source: LoRA, arXiv 2106.09685; grouping as in Punica, 2310.18547.
+template <class T, int V>
 static void low_rank(const Op& op, const Step& s, float* scratch) {
     using Value = typename T::Value;
     using W = Float<T>;
     const int64_t rank = op.weight, k_dwords = op.k / T::per_dword, r_dwords = rank / T::per_dword;
-    const int64_t a_panels = (rank + PANEL - 1) / PANEL, b_panels = (op.n + PANEL - 1) / PANEL;
+    const int64_t a_panels = (rank + V * 16 - 1) / (V * 16), b_panels = (op.n + PANEL - 1) / PANEL;
     Value* low = (Value*)scratch;  // [TILE_ROWS][rank]
 #pragma omp for schedule(dynamic, 1)
     for (int64_t strip = 0; strip < s.strips; strip++) {
         const int64_t row = s.strip_starts[strip], adapter = s.strip_adapters[strip];
         const char* x = (const char*)op.a + row * op.k * sizeof(Value);
-        const char* a = (const char*)op.b + adapter * a_panels * k_dwords * PANEL * 4;
+        const char* a = (const char*)op.b + adapter * a_panels * k_dwords * V * 64;
         const char* b = (const char*)op.c + adapter * b_panels * r_dwords * PANEL * 4;
         with_rows(s.strip_lengths[strip], [&](auto size) {
             constexpr int R = decltype(size)::value;
-            __m512 sum[R][VECTORS];
             for (int64_t p = 0; p < a_panels; p++) {
-                tile<W, R>(x, op.k * sizeof(Value), a + p * k_dwords * PANEL * 4, k_dwords, nullptr, 0, sum);
+                __m512 sum[R][V];
+                tile<W, R, V>(x, op.k * sizeof(Value), a + p * k_dwords * V * 64, k_dwords, nullptr, 0, sum);
                 for (int r = 0; r < R; r++)
-                    for (int v = 0; v < VECTORS; v++)
-                        if (const int64_t at = p * PANEL + v * 16; at < rank) T::store(low + r * rank + at, sum[r][v], first_lanes(rank - at));
+                    for (int v = 0; v < V; v++)
+                        if (const int64_t at = (p * V + v) * 16; at < rank) T::store(low + r * rank + at, sum[r][v], first_lanes(rank - at));
             }
             for (int64_t p = 0; p < b_panels; p++) {
+                __m512 sum[R][VECTORS];
                 tile<W, R>((const char*)low, rank * sizeof(Value), b + p * r_dwords * PANEL * 4, r_dwords, nullptr, 0, sum);
                 for (int r = 0; r < R; r++)
                     for (int v = 0; v < VECTORS; v++) {
@@ -391,10 +393,10 @@ static void low_rank(const Op& op, const Step& s, float* scratch) {
                         if (at >= op.n) break;
                         const __mmask16 m = first_lanes(op.n - at);
                         if (op.mode == ADD_TO_RESIDUAL) {
-                            float* y = (float*)op.out + (row + r) * op.n + at;
+                            float* y = (float*)op.out + (row + r) * op.stride + at;
                             _mm512_mask_storeu_ps(y, m, _mm512_add_ps(_mm512_maskz_loadu_ps(m, y), sum[r][v]));
                         } else {
-                            Value* y = (Value*)op.out + (row + r) * op.n + at;
+                            Value* y = (Value*)op.out + (row + r) * op.stride + at;
                             T::store(y, _mm512_add_ps(T::load(y, m), sum[r][v]), m);
                         }
                     }
@@ -413,7 +415,7 @@ static void run(const Op& op, const Step& s, float* scratch) {
         case ATTEND: return attend_all<T>(op, s, scratch);
         case ACTIVATE: return activate<T>(op, s, scratch);
         case QUANTISE: return quantise<T>(op, s, scratch);
-        case LOW_RANK: return low_rank<T>(op, s, scratch);
+        case LOW_RANK: return op.vectors == 1 ? low_rank<T, 1>(op, s, scratch) : low_rank<T, VECTORS>(op, s, scratch);
     }
 }
 
@@ -451,16 +453,16 @@ void lb_run(const Op* ops, int64_t count, const Step* step) {
     }
 }
 
-// w [n][k] -> panels [ceil(n / 48)][k / per][48][per], missing columns zero. bytes: size of a value; per: values a dword.
-void lb_pack(const void* w, int64_t n, int64_t k, int64_t bytes, void* out) {
-    const int64_t per = 4 / bytes, panels = (n + PANEL - 1) / PANEL;
+// w [n][k] -> panels [ceil(n / columns)][k / per][columns][per], missing columns zero. bytes: size of a value; per: values a dword.
+void lb_pack(const void* w, int64_t n, int64_t k, int64_t bytes, int64_t columns, void* out) {
+    const int64_t per = 4 / bytes, panels = (n + columns - 1) / columns;
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < panels; p++)
         for (int64_t i = 0; i < k / per; i++)
-            for (int64_t c = 0; c < PANEL; c++) {
-                char* to = (char*)out + ((p * (k / per) + i) * PANEL + c) * 4;
-                if (p * PANEL + c < n)
-                    std::memcpy(to, (const char*)w + ((p * PANEL + c) * k + i * per) * bytes, 4);
+            for (int64_t c = 0; c < columns; c++) {
+                char* to = (char*)out + ((p * (k / per) + i) * columns + c) * 4;
+                if (p * columns + c < n)
+                    std::memcpy(to, (const char*)w + ((p * columns + c) * k + i * per) * bytes, 4);
                 else
                     std::memset(to, 0, 4);
             }

@@ -52,6 +52,11 @@ class LoraWeights:
     settings: LoraSettings
     pairs: Mapping[str, tuple[Tensor, Tensor]]  # path -> (A, B)
 
+    def scaled(self, path: str) -> tuple[Tensor, Tensor]:
+        """A [r, I] and ``scale * B`` [O, r] of one layer."""
+        a, b = self.pairs[path]
+        return a, b * self.settings.scale(path, len(a))
+
     def delta(self, path: str) -> Tensor | None:
         """The merged update ``scale * B A`` [O, I] of one layer in fp32, or None."""
         if path not in self.pairs:
