@@ -10,6 +10,7 @@ set -Eeuo pipefail
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
+[[ -n ${SLURM_JOB_ID:-} ]] || die $EX_USAGE "for Slurm: sbatch scripts/job_$KIND.slurm; elsewhere: bash scripts/run_local.sh"
 readonly EX_AGAIN=75 # saved, the same command goes on
 RUN=${RUN:-results/${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
 # The number of one task of an array means the whole array to Slurm's commands.
@@ -33,21 +34,25 @@ load_site() {
     done
 }
 
-# The cache on the big disk that compute nodes see; nothing that the user chose is changed.
+# Nothing that the user chose is changed. Without a choice: hf_cache on the scratch disk if it is there, else the
+# usual place in the home; and where compute nodes do not see the home, all caches beside the project.
 choose_caches() {
     local scratch
     for scratch in "${SCRATCH:-}" "/scratch/${USER:-$(id -un)}"; do
-        if [[ -z ${HF_HOME:-} && -n $scratch && -d $scratch && -w $scratch ]]; then
+        if [[ -z ${HF_HOME:-} && -n $scratch && -d $scratch/hf_cache ]]; then
             export HF_HOME=$scratch/hf_cache
         fi
     done
+    [[ -w ${HOME:-} ]] || export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$ROOT/.cache}
     # transformers 5 ignores TRANSFORMERS_CACHE; HF_HUB_OFFLINE=0 would win over TRANSFORMERS_OFFLINE=1
     export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
     [[ -z ${TRANSFORMERS_CACHE:-} ]] || export HF_HUB_CACHE=${HF_HUB_CACHE:-$TRANSFORMERS_CACHE}
 }
 
-# One thread per core of a task. srun takes --cpus-per-task from its own variable only (Slurm 22.05 on).
+# One thread per core of a task. srun takes --cpus-per-task from its own variable only (Slurm 22.05 on), and after
+# `sbatch --export=...` it would not give our variables to the tasks.
 choose_threads() {
+    export SLURM_EXPORT_ENV=ALL
     export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 }

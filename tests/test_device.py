@@ -18,8 +18,11 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def test_device_follows_the_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
     assert choose_device(no_cuda=False) == torch.device("cuda", 0)
+    monkeypatch.setenv("SLURM_LOCALID", "2")  # srun alone, as the sharded inference of a job is started
+    assert choose_device(no_cuda=False) == torch.device("cuda", 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert choose_device(no_cuda=False) == torch.device("cuda", 3)
     assert choose_device(no_cuda=True) == CPU

@@ -93,6 +93,14 @@ def test_shellcheck_finds_nothing() -> None:
     assert (found.returncode, found.stdout) == (0, "")
 
 
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_a_job_script_outside_slurm_says_what_to_do(project: Project, tmp_path: Path, kind: str) -> None:
+    done = project.run(f"job_{kind}.slurm")
+    assert done.returncode == 64 and f"sbatch scripts/job_{kind}.slurm" in one_line(done.stderr) and "run_local.sh" in done.stderr
+    done = project.run(f"job_{kind}.slurm", cwd=tmp_path)
+    assert done.returncode == 69 and "--chdir" in one_line(done.stderr)
+
+
 # --- run_local.sh ---
 
 

@@ -96,7 +96,7 @@ def test_no_group_is_no_limit(tmp_path):
 
 
 def test_which_gpu_and_why_it_is_slow():
-    assert visible_gpu({}) == 0 and visible_gpu({"LOCAL_RANK": "1"}) == 1
+    assert visible_gpu({}) == 0 and visible_gpu({"LOCAL_RANK": "1"}) == visible_gpu({"SLURM_LOCALID": "1"}) == 1
     assert visible_gpu({"CUDA_VISIBLE_DEVICES": "3,5", "LOCAL_RANK": "1"}) == 5
     assert visible_gpu({"CUDA_VISIBLE_DEVICES": "GPU-ab-1"}) == "GPU-ab-1"
     assert throttle_names(0x1) == [] and throttle_names(0x44) == ["power cap", "hardware thermal"]

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 
 ANSWER_TIMEOUT_S = 60
 UNLIMITED = ("UNLIMITED", "INFINITE", "NOT_SET")
@@ -45,6 +46,11 @@ def partition_limits() -> dict[str, float]:
         name, _, limit = line.partition(" ")
         found[name] = seconds(limit) or float("inf")
     return found
+
+
+def local_rank(variables: Mapping[str, str]) -> int:
+    """Which of the processes on its node this is, and so which GPU is its own: as torchrun says, else as Slurm says."""
+    return int(variables.get("LOCAL_RANK") or variables.get("SLURM_LOCALID") or 0)
 
 
 def job_id() -> str | None:

@@ -24,10 +24,10 @@ class Cluster:
     project: Path
     variables: dict[str, str]
 
-    def run(self, *words, check=True, **variables):
+    def run(self, *words, check=True, cwd=None, **variables):
         return subprocess.run(
             list(map(str, words)),
-            cwd=self.project,
+            cwd=cwd or self.project,
             env=self.variables | variables,
             capture_output=True,
             text=True,

@@ -22,6 +22,14 @@ def test_cpu_job_leaves_adapter_completions_and_report(cluster, experiment):
     assert f"JobId={job}" in (run / f"provenance-{job}.txt").read_text()
 
 
+def test_a_site_where_jobs_see_neither_the_home_nor_our_environment(cluster):
+    """Submitted from elsewhere, too: what the script exports reaches the tasks, and caches go beside the project."""
+    flags = [f"--chdir={cluster.project}", "--export=HOME=/nonexistent"]
+    job = cluster.submit(*flags, cluster.project / "scripts/job_cpu.slurm", "doctor", cwd="/")
+    assert cluster.wait(job) == [(job, "COMPLETED", "0:0")], cluster.logs(job)
+    assert f"no network; cache HF_HOME={cluster.project}/.cache/huggingface/hub" in cluster.logs(job)
+
+
 def test_a_failing_step_is_a_failed_job_with_its_code(cluster, experiment):
     job = cluster.submit("scripts/job_cpu.slurm", "train", "--config", experiment, "--train_path", "nothing.txt")
     assert cluster.wait(job) == [(job, "FAILED", "65:0")], cluster.logs(job)

@@ -17,6 +17,7 @@ from typing import Any
 
 from lorabatch.errors import UnavailableError
 from lorabatch.records import JsonlWriter
+from lorabatch.slurm import local_rank
 
 TICKS_PER_S, PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 PSS_EVERY = 60  # samples: the kernel walks every page of the process for it
@@ -292,7 +293,7 @@ def throttle_names(mask: int) -> list[str]:
 
 def visible_gpu(variables: Mapping[str, str]) -> int | str:
     """Which GPU CUDA gives this rank: an index on the node, or a UUID. Slurm and users restrict it by CUDA_VISIBLE_DEVICES."""
-    rank = int(variables.get("LOCAL_RANK", "0"))
+    rank = local_rank(variables)
     names = [name.strip() for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if not names:
         return rank

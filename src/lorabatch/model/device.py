@@ -11,6 +11,7 @@ import torch
 from lorabatch.errors import UnavailableError
 from lorabatch.measure.environment import usable_cores
 from lorabatch.model.linear import Dense, Prepacked, can_prepack
+from lorabatch.slurm import local_rank
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPE_NAMES = {v: k for k, v in TYPES.items()}
@@ -19,7 +20,7 @@ TYPE_NAMES = {v: k for k, v in TYPES.items()}
 def choose_device(*, no_cuda: bool) -> torch.device:
     if not no_cuda and torch.cuda.is_available():
         # A launcher may show each rank all GPUs of the node or only its own.
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cuda", local_rank(os.environ) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
