@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lorabatch.measure.system import ControlGroup, SystemSampler, descendants, throttle_names, visible_gpu
+from lorabatch.measure.system import ControlGroup, Rapl, SystemSampler, descendants
 
 BURN = """
 import time, sys
@@ -50,15 +50,6 @@ def test_a_known_load_of_a_child_is_found(tmp_path):
     assert summary["voluntary_switches_per_s"] > 0 and 0 < summary["sampler_cpu_s"] < summary["sampled_s"] / 2
 
 
-def test_a_gpu_that_is_not_there_is_null_with_the_reason(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    with SystemSampler(tmp_path / "system.jsonl", interval_s=10) as sampler:
-        pass
-    summary = sampler.summary()
-    assert summary["gpu_missing"] == "nvidia-ml-py is not installed"
-    assert all(summary[name] is None for name in ("energy_j", "gpu_util_percent", "gpu_throttle_share", "max_gpu_memory_bytes"))
-
-
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -95,8 +86,41 @@ def test_no_group_is_no_limit(tmp_path):
     assert group.limits() == {"cgroup_memory_bytes": None, "cgroup_cores": None} and group.throttled_s() is None
 
 
-def test_which_gpu_and_why_it_is_slow():
-    assert visible_gpu({}) == 0 and visible_gpu({"LOCAL_RANK": "1"}) == visible_gpu({"SLURM_LOCALID": "1"}) == 1
-    assert visible_gpu({"CUDA_VISIBLE_DEVICES": "3,5", "LOCAL_RANK": "1"}) == 5
-    assert visible_gpu({"CUDA_VISIBLE_DEVICES": "GPU-ab-1"}) == "GPU-ab-1"
-    assert throttle_names(0x1) == [] and throttle_names(0x44) == ["power cap", "hardware thermal"]
+def zone(root, name, kind, energy_uj):
+    write(root / name / "name", f"{kind}\n")
+    write(root / name / "max_energy_range_uj", "999999999\n")
+    write(root / name / "energy_uj", f"{energy_uj}\n")
+
+
+def test_energy_of_the_packages_is_added_over_a_wrap(tmp_path):
+    """Two packages; their parts and the platform, which contain them or are contained, are not counted twice."""
+    for name, kind, energy in (("intel-rapl:0", "package-0", 5_000_000), ("intel-rapl:1", "package-1", 999_000_000)):
+        zone(tmp_path, name, kind, energy)
+    zone(tmp_path, "intel-rapl:0:0", "dram", 1)
+    zone(tmp_path, "intel-rapl:2", "psys", 1)
+    rapl = Rapl(tmp_path)
+    write(tmp_path / "intel-rapl:0/energy_uj", "8000000\n")
+    write(tmp_path / "intel-rapl:1/energy_uj", "1000000\n")  # 1 J up to the end of its range, 1 J from zero
+    write(tmp_path / "intel-rapl:0:0/energy_uj", "900000000\n")
+    assert rapl.missing is None and rapl.added_j() == pytest.approx(5.0)
+    assert rapl.added_j() == 0
+
+
+def test_energy_that_cannot_be_read_is_null_with_the_reason(tmp_path):
+    assert Rapl(tmp_path).added_j() is None and "no processor in" in Rapl(tmp_path).missing
+    zone(tmp_path, "intel-rapl:0", "package-0", 5)
+    (tmp_path / "intel-rapl:0/energy_uj").unlink()
+    (tmp_path / "intel-rapl:0/energy_uj").mkdir()  # root may read any file, but no folder
+    assert Rapl(tmp_path).added_j() is None and "Is a directory" in Rapl(tmp_path).missing
+
+
+def test_waiting_for_a_core_is_seen(tmp_path):
+    """Two processes share one core: together they wait about as long as they run."""
+    core = min(os.sched_getaffinity(0))
+    code = f"import os, time; os.sched_setaffinity(0, {{{core}}}); end = time.time() + 1.5\nwhile time.time() < end: pass"
+    with SystemSampler(tmp_path / "system.jsonl", interval_s=0.1) as sampler:
+        children = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+        time.sleep(1.2)
+    for child in children:
+        child.wait()
+    assert sampler.summary()["cpu_wait_percent"] > 20

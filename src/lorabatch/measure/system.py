@@ -1,7 +1,7 @@
 """What the machine did during a run: one line a second in ``system.jsonl``, from a thread of its own.
 
-CPU, memory and I/O are those of this process and its descendants, from ``/proc``; limits and
-throttling are the control group's; GPU figures come from NVML (package nvidia-ml-py). What cannot be read is null.
+CPU, memory and I/O are those of this process and its descendants, from ``/proc``; limits and throttling are the control
+group's; GPU figures come from NVML; the energy of the processors is the node's. What cannot be read is null, with the reason.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from lorabatch.errors import UnavailableError
+from lorabatch.measure import gpu
 from lorabatch.records import JsonlWriter
-from lorabatch.slurm import local_rank
 
 TICKS_PER_S, PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 PSS_EVERY = 60  # samples: the kernel walks every page of the process for it
 IO_NAMES = {"rchar": "read_bytes", "wchar": "write_bytes", "read_bytes": "disk_read_bytes", "write_bytes": "disk_write_bytes"}
-COUNTERS = ("cpu_s", *IO_NAMES.values(), "throttled_s", "voluntary_switches", "involuntary_switches")
-GAUGES = ("rss_bytes", "pss_bytes", "processes", "os_threads", "gpu_util_percent", "gpu_memory_bytes", "gpu_power_w", "gpu_sm_mhz")
+COUNTERS = {  # what is counted: its rate's name, and the unit of that rate
+    "cpu_s": ("cpu_percent", 100),  # of one core
+    "cpu_wait_s": ("cpu_wait_percent", 100),
+    "throttled_s": ("throttled_share", 1),
+    "cpu_energy_j": ("cpu_power_w", 1),
+    **{name: (f"{name}_per_s", 1) for name in (*IO_NAMES.values(), "voluntary_switches", "involuntary_switches")},
+}
+GAUGES = ("rss_bytes", "pss_bytes", "processes", "os_threads", *gpu.GAUGES)
 UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a huge number of bytes
 
 
@@ -33,7 +39,7 @@ class SystemSampler:
     def __init__(self, path: Path, *, interval_s: float = 1.0) -> None:
         self._path, self._interval_s = path, interval_s
         self._stop = threading.Event()
-        self._tree, self._group, self._gpu = ProcessTree(os.getpid()), ControlGroup(), _Nvml()
+        self._tree, self._group, self._rapl, self._gpu = ProcessTree(os.getpid()), ControlGroup(), Rapl(), gpu.Gpu()
         self._before: dict[str, float] = {}
         self._totals: dict[str, float] = {}
         self._gauges: dict[str, list[float]] = {name: [0.0, 0.0, 0.0] for name in GAUGES}  # sum, count, maximum
@@ -74,7 +80,8 @@ class SystemSampler:
         own |= {} if throttled is None else {"throttled_s": throttled}
         added = {name: value - self._before.get(name, value) for name, value in own.items()}
         self._before = own
-        added |= self._tree.added()
+        joules = self._rapl.added_j()
+        added |= self._tree.added() | ({} if joules is None else {"cpu_energy_j": joules})
         for name, value in added.items():
             self._totals[name] = self._totals.get(name, 0.0) + value
         return added
@@ -100,10 +107,11 @@ class SystemSampler:
             figures[f"max_{name}"] = self._gauges[name][2] if self._gauges[name][1] else None
         end = self._gpu.energy_j()
         figures["energy_j"] = None if end is None or self._start_energy_j is None else end - self._start_energy_j
-        figures["gpu_throttle_share"] = (
-            {reason: count / self._samples for reason, count in self._throttle_reasons.items()} if self._gpu.missing is None else None
-        )
-        figures["gpu_missing"] = self._gpu.missing
+        figures["cpu_energy_j"] = self._totals.get("cpu_energy_j")
+        throttled = {reason: count / self._samples for reason, count in self._throttle_reasons.items()}
+        figures["gpu_throttle_share"] = None if "gpu_throttle_share" in self._gpu.missing else throttled
+        reasons = self._gpu.missing | dict.fromkeys(("cpu_energy_j", "cpu_power_w"), self._rapl.missing or "not readable at the end")
+        figures["missing"] = {name: reason for name, reason in reasons.items() if figures[name] is None}
         figures |= self._group.limits()
         figures["sampled_s"] = self._last - self._start
         figures["sampler_cpu_s"] = self.own_cpu_s
@@ -111,11 +119,8 @@ class SystemSampler:
 
 
 def _rates(added: Mapping[str, float], seconds: float) -> dict[str, float | None]:
-    """Counters per second, under the names of the records; CPU in per cent of one core, throttling as a share."""
-    per_s = {name: added[name] / seconds if name in added and seconds > 0 else None for name in COUNTERS}
-    cpu, throttled = per_s.pop("cpu_s"), per_s.pop("throttled_s")
-    cpu_percent = None if cpu is None else 100 * cpu
-    return {"cpu_percent": cpu_percent, **{f"{name}_per_s": value for name, value in per_s.items()}, "throttled_share": throttled}
+    """Counters per second, under the names and in the units of the records."""
+    return {rate: unit * added[name] / seconds if name in added and seconds > 0 else None for name, (rate, unit) in COUNTERS.items()}
 
 
 class ProcessTree:
@@ -163,6 +168,9 @@ def _read_process(pid: int) -> tuple[dict[str, float], int, int]:
     """(counters, resident pages, threads). Fields of ``/proc/PID/stat`` are counted after the name, which may hold anything."""
     fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     counters = {"cpu_s": sum(int(field) for field in fields[11:15]) / TICKS_PER_S}  # user, system, and of children waited for
+    with suppress(OSError, ValueError, IndexError):  # a kernel without it
+        waits = [(task / "schedstat").read_text(encoding="ascii").split()[1] for task in Path(f"/proc/{pid}/task").iterdir()]
+        counters["cpu_wait_s"] = sum(map(int, waits)) / 1e9  # ready to run, but others had the cores
     with suppress(OSError):  # another user's process
         for line in Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines():
             name, _, value = line.partition(": ")
@@ -231,74 +239,34 @@ def _numbers(path: Path) -> list[float]:
     return []
 
 
-class _Nvml:
-    """The GPU of this process through NVML, or nulls; ``missing`` says why."""
+class Rapl:
+    """Energy of the node's processors from ``/sys/class/powercap`` (Intel's and AMD's RAPL); most sites let only root read it."""
 
-    def __init__(self) -> None:
-        self._handle: Any = None
+    def __init__(self, root: Path = Path("/sys/class/powercap")) -> None:
+        self._last: dict[Path, int] = {}
+        self._wraps: dict[Path, int] = {}  # a counter starts again at zero after this many microjoules
         self.missing: str | None = None
         try:
-            import pynvml
+            for zone in sorted(root.glob("intel-rapl:*")):  # of packages "intel-rapl:0", of their parts "intel-rapl:0:1"
+                if zone.name.count(":") == 1 and (zone / "name").read_text(encoding="ascii").startswith("package"):
+                    self._wraps[zone] = int((zone / "max_energy_range_uj").read_text(encoding="ascii")) + 1
+                    self._last[zone] = int((zone / "energy_uj").read_text(encoding="ascii"))
+            if not self._last:
+                self.missing = f"no processor in {root}"
+        except (OSError, ValueError) as error:
+            self.missing, self._last = f"{root}: {getattr(error, 'strerror', None) or error}", {}
 
-            self._nvml = pynvml
-            pynvml.nvmlInit()
-            chosen = visible_gpu(os.environ)
-            by = pynvml.nvmlDeviceGetHandleByIndex if isinstance(chosen, int) else pynvml.nvmlDeviceGetHandleByUUID
-            self._handle = by(chosen)
-        except Exception as error:  # no package, no driver, no permission: all mean "not measured"
-            self.missing = "nvidia-ml-py is not installed" if isinstance(error, ImportError) else f"NVML: {error}"
-
-    def _read(self, name: str, *values: Any) -> Any:
-        if self._handle is None:
-            return None
-        try:
-            return getattr(self._nvml, name)(self._handle, *values)
-        except (self._nvml.NVMLError, AttributeError):
-            return None
-
-    def energy_j(self) -> float | None:
-        """The board's own counter (Volta and later), whose difference is exact where sampled power is not."""
-        millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
-        return None if millijoules is None else millijoules / 1e3
-
-    def sample(self) -> dict[str, float | None]:
-        utilisation, memory, milliwatts = (self._read(f"nvmlDeviceGet{n}") for n in ("UtilizationRates", "MemoryInfo", "PowerUsage"))
-        return {
-            "gpu_util_percent": None if utilisation is None else utilisation.gpu,
-            "gpu_memory_bytes": None if memory is None else memory.used,
-            "gpu_power_w": None if milliwatts is None else milliwatts / 1e3,
-            "gpu_sm_mhz": self._read("nvmlDeviceGetClockInfo", 1),  # 1: NVML_CLOCK_SM
-        }
-
-    def throttle_reasons(self) -> list[str] | None:
-        mask = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
-        return None if mask is None else throttle_names(mask)
-
-
-THROTTLE_BITS = {  # of NVML's clocks throttle reasons; an idle GPU (bit 0) is not throttled
-    "application clocks": 0x2,
-    "power cap": 0x4,
-    "hardware slowdown": 0x8,
-    "sync boost": 0x10,
-    "software thermal": 0x20,
-    "hardware thermal": 0x40,
-    "power brake": 0x80,
-    "display clocks": 0x100,
-}
-
-
-def throttle_names(mask: int) -> list[str]:
-    return [name for name, bit in THROTTLE_BITS.items() if mask & bit]
-
-
-def visible_gpu(variables: Mapping[str, str]) -> int | str:
-    """Which GPU CUDA gives this rank: an index on the node, or a UUID. Slurm and users restrict it by CUDA_VISIBLE_DEVICES."""
-    rank = local_rank(variables)
-    names = [name.strip() for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    if not names:
-        return rank
-    name = names[min(rank, len(names) - 1)]
-    return int(name) if name.isdigit() else name
+    def added_j(self) -> float | None:
+        """Joules since the last call. Whoever shares the node is in them."""
+        total = 0.0
+        for zone, before in self._last.items():
+            try:
+                now = int((zone / "energy_uj").read_text(encoding="ascii"))
+            except (OSError, ValueError):
+                return None
+            total += (now - before) % self._wraps[zone] / 1e6
+            self._last[zone] = now
+        return total if self._last else None
 
 
 def peak_memory_bytes() -> int:
