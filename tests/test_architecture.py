@@ -31,7 +31,7 @@ def layer(module):
         return "base"
     if module in PURE:
         return "pure"
-    if module in ("measure.roofline", "measure.machine", "measure.profile"):
+    if module in ("measure.roofline", "measure.machine", "measure.profile", "measure.bench"):
         return "ceilings"
     if first == "measure":
         return "pure"

@@ -4,10 +4,13 @@ import json
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabatch.cli import main
+from lorabatch.config import BenchTrainConfig
+from lorabatch.measure.bench import Bench
 from lorabatch.measure.scaling import (
     alternating,
     bench_record,
@@ -18,6 +21,7 @@ from lorabatch.measure.scaling import (
     serial_share,
     sweep,
     verdict,
+    weak_serial_share,
 )
 
 
@@ -68,6 +72,20 @@ def test_amdahls_share_is_recovered(share, one):
     assert serial_share(workers, [one * (share + (1 - share) / p) for p in workers]) == pytest.approx(share, abs=1e-9)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0, 1))
+def test_gustafsons_share_is_recovered(share):
+    workers = [1, 2, 4, 8]
+    assert weak_serial_share(workers, [p - share * (p - 1) for p in workers]) == pytest.approx(share, abs=1e-9)
+
+
+def test_gustafsons_share_by_hand():
+    """S(2) = 1.6, S(4) = 3: least squares of 0.4 = s and 1 = 3 s is (0.4 + 3) / (1 + 9)."""
+    assert weak_serial_share([1, 2, 4], [1.0, 1.6, 3.0]) == pytest.approx(0.34)
+    assert weak_serial_share([1], [1.0]) is None
+    assert weak_serial_share([1, 2], [1.0, 2.2]) == 0 and weak_serial_share([1, 2], [1.0, 0.9]) == 1
+
+
 def test_shares_by_hand():
     assert serial_share([1], [2.0]) is None and serial_share([2, 2], [1.0, 1.1]) is None
     assert serial_share([1, 2], [10.0, 4.0]) == 0  # faster than linear
@@ -92,8 +110,12 @@ def test_faster_only_where_intervals_do_not_overlap():
 
 
 def test_a_record_says_what_was_swept_and_what_follows():
-    points = [{"threads": p, "tokens_per_s": estimate([r])} for p, r in ((1, 100.0), (2, 160.0))]
+    points = [
+        {"threads": p, "tokens_per_s": estimate([r]), "weak_tokens_per_s": estimate([w])}
+        for p, r, w in ((1, 100.0, 100.0), (2, 160.0, 190.0))
+    ]
     record = bench_record("bench infer", "threads", points, command=["lorabatch"], device="cpu")
+    assert record["weak_serial_share"] == pytest.approx(0.1), "2 - 1.9 over 2 - 1"
     assert record["serial_share"] == pytest.approx(0.25) and record["karp_flatt"] == {1: None, 2: pytest.approx(0.25)}
     points = [{"batch_size": p, "tokens_per_s": estimate([r])} for p, r in ((1, 100.0), (2, 120.0))]
     record = bench_record("bench infer", "batch_size", points, command=[], device="cpu")
@@ -109,5 +131,35 @@ def test_bench_train_measures_whole_steps(tiny_llama_dir, tmp_path, capsys):
     for point in record["points"]:
         tokens = [rate * ms / 1e3 for rate, ms in zip(point["tokens_per_s"]["values"], point["step_ms"]["values"], strict=True)]
         assert tokens == pytest.approx([16 * point["batch_size"]] * 2)
-    assert main(["bench", "train", *flags, "--threads_sweep", "1", "2"]) == 0
-    assert [point["threads"] for point in json.loads(output.read_text())["points"]] == [1, 2] and "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["train", "infer"])
+def test_threads_are_swept_over_fixed_and_over_growing_work(kind, tiny_llama_dir, tmp_path, capsys):
+    output = tmp_path / "bench.json"
+    flags = {"train": ["--document_tokens", "16"], "infer": ["--input_tokens", "4", "--max_new_tokens", "3"]}[kind]
+    flags += ["--base_model", str(tiny_llama_dir), "--repeats", "2", "--dtype", "fp32", "--output", str(output)]
+    assert main(["bench", kind, *flags, "--batch_sizes", "2", "--threads_sweep", "1", "2"]) == 0
+    record, text = json.loads(output.read_text()), capsys.readouterr().out
+    assert [point["threads"] for point in record["points"]] == [1, 2]
+    assert all(len(point[key]["values"]) == 2 for point in record["points"] for key in ("tokens_per_s", "weak_tokens_per_s"))
+    assert 0 <= record["serial_share"] <= 1 and 0 <= record["weak_serial_share"] <= 1
+    assert "weak tokens/s" in text and "(Amdahl)" in text and "(Gustafson)" in text
+    assert ("bound by" in text) == (kind == "infer")
+
+
+def test_the_work_of_weak_scaling_grows_with_the_threads(monkeypatch):
+    """Each (threads, size) runs once to warm up, then as often as asked."""
+    threads, seen = [0], []
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
+    config = BenchTrainConfig(batch_sizes=(3,), threads_sweep=(1, 4), repeats=2)
+    bench = Bench(config, None, None, torch.device("cpu"), torch.float32, 4)
+
+    def measure(size):
+        seen.append((threads[0], size))
+        return {"tokens_per_s": float(size)}
+
+    points = bench.points(measure)
+    assert {level: seen.count(level) for level in seen} == {(1, 3): 5, (4, 3): 3, (4, 12): 3}, (
+        "one thread's share is both sweeps' first level"
+    )
+    assert bench.sizes == [3, 12] and [p["weak_tokens_per_s"]["median"] for p in points] == [3, 12] and threads == [4]

@@ -256,38 +256,38 @@ class CompareConfig(Settings):
 
 
 @dataclass(frozen=True)
-class BenchTrainConfig(Settings):
-    """Training tokens/s of whole optimiser steps over batch sizes or numbers of threads."""
+class BenchConfig(Settings):
+    """What both sweeps ask for."""
 
     base_model: str = setting("distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m")
     batch_sizes: tuple[int, ...] = setting((1, 2, 4, 8, 16), "documents per optimiser step", minimum=1)
-    document_tokens: int = setting(128, "random tokens of each document", minimum=2)
-    block_tokens: int = setting(2048, "tokens of the packed block that goes through the model at once", minimum=2)
-    lora_r: int = setting(16, "rank of the adapters", minimum=1)
-    repeats: int = setting(6, "measured steps of each size, in alternating order, after a warm-up (six give an interval)", minimum=1)
-    threads_sweep: tuple[int, ...] = setting((), "sweep these numbers of threads instead, at the first of --batch_sizes", minimum=1)
+    repeats: int = setting(6, "measurements of each level, in alternating order, after a warm-up (six give an interval)", minimum=1)
+    threads_sweep: tuple[int, ...] = setting(
+        (), "sweep these numbers of threads instead: at the first of --batch_sizes, and at that times the threads", minimum=1
+    )
     output: str = setting("results/bench-train.json", "JSON file for the figures of the table")
-
-    dtype: str = setting("auto", "type of the frozen base; adapters stay fp32", choices=DTYPES)
+    dtype: str = setting("auto", "type of weights and KV cache; adapters in training stay fp32", choices=DTYPES)
     no_cuda: bool = setting(False, "stay on the CPU")
     threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)
 
 
 @dataclass(frozen=True)
-class BenchInferConfig(Settings):
-    """Output tokens/s and batch latency over batch sizes, beside what the machine's measured rates would allow."""
+class BenchTrainConfig(BenchConfig):
+    """Training tokens/s of whole optimiser steps over batch sizes or numbers of threads."""
 
-    base_model: str = setting("distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m")
+    document_tokens: int = setting(128, "random tokens of each document", minimum=2)
+    block_tokens: int = setting(2048, "tokens of the packed block that goes through the model at once", minimum=2)
+    lora_r: int = setting(16, "rank of the adapters", minimum=1)
+
+
+@dataclass(frozen=True)
+class BenchInferConfig(BenchConfig):
+    """Output tokens/s and batch latency over batch sizes or threads, beside what the machine's measured rates would allow."""
+
     batch_sizes: tuple[int, ...] = setting((1, 4, 16, 64, 256), "requests that run at once", minimum=1)
+    output: str = setting("results/bench-infer.json", "JSON file for the figures of the table")
     input_tokens: int = setting(32, "random tokens of each prompt", minimum=1)
     max_new_tokens: int = setting(32, "tokens generated per request", minimum=2)
-    repeats: int = setting(6, "measured batches of each size, in alternating order, after a warm-up (six give an interval)", minimum=1)
-    threads_sweep: tuple[int, ...] = setting((), "sweep these numbers of threads instead, at the first of --batch_sizes", minimum=1)
-    output: str = setting("results/bench-infer.json", "JSON file for the figures of the table")
-
     quality: str | None = setting(None, "instead: bits per byte and greedy agreement of exact and int8 on this file's documents")
     max_documents: int = setting(100, "--quality: use only the first N documents", minimum=1)
     quantize: str = setting("none", "int8: 8-bit weights and activations on a CPU", choices=("none", "int8"))
-    dtype: str = setting("auto", "type of weights and KV cache", choices=DTYPES)
-    no_cuda: bool = setting(False, "stay on the CPU")
-    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)

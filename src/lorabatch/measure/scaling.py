@@ -68,6 +68,17 @@ def serial_share(workers: Sequence[int], seconds: Sequence[float]) -> float | No
     return min(1.0, max(0.0, constant / (constant + slope)))
 
 
+def weak_serial_share(workers: Sequence[int], speedups: Sequence[float]) -> float | None:
+    """Gustafson's s of a scaled speedup S(p) = p - s (p - 1): least squares, kept within 0 and 1. None below two p.
+
+    speedups: work done per second by p workers on p times the work, over that of one worker on one share.
+    """
+    weight = sum((p - 1) ** 2 for p in workers)
+    if not weight:
+        return None
+    return min(1.0, max(0.0, math.fsum((p - s) * (p - 1) for p, s in zip(workers, speedups, strict=True)) / weight))
+
+
 def karp_flatt(speedup: float, workers: int) -> float | None:
     """Experimentally determined serial share, (1/S - 1/p) / (1 - 1/p): a rise with p is overhead. None for one worker."""
     return (1 / speedup - 1 / workers) / (1 - 1 / workers) if workers > 1 else None
@@ -87,7 +98,7 @@ def bench_record(kind: str, name: str, points: Sequence[Mapping[str, Any]], *, c
     """What ``lorabatch bench`` writes and ``report`` and ``compare`` read.
 
     kind: ``bench train`` or ``bench infer``; name: what was swept, ``batch_size`` or ``threads``;
-    points: of ``sweep``, each with ``tokens_per_s``; facts: config, model, device, dtype, threads.
+    points: of ``sweep``, each with ``tokens_per_s``, with threads also ``weak_tokens_per_s``; facts: config, model, device, dtype, threads.
     """
     levels, rates = [p[name] for p in points], [p["tokens_per_s"]["median"] for p in points]
     found: dict[str, Any] = {}
@@ -95,6 +106,8 @@ def bench_record(kind: str, name: str, points: Sequence[Mapping[str, Any]], *, c
         found["serial_share"] = serial_share(levels, [1 / rate for rate in rates])
         base = dict(zip(levels, rates, strict=True)).get(1)
         found["karp_flatt"] = {p: karp_flatt(rate / base, p) for p, rate in zip(levels, rates, strict=True)} if base else None
+        weak = {p[name]: p["weak_tokens_per_s"]["median"] for p in points}
+        found["weak_serial_share"] = weak_serial_share(levels, [weak[p] / weak[1] for p in levels]) if weak.get(1) else None
     else:
         found["knee"] = knee(levels, rates)
     head = {"schema_version": SCHEMA_VERSION, "kind": kind, "sweep": name, "measured_at": utc_now(), "command": list(command)}
