@@ -182,7 +182,10 @@ def test_equal_input_gives_equal_bytes(runs, reports):
         assert (Path("again") / name).read_bytes() == (Path("en") / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(("language", "name", "missing"), [("en", "GPU energy", "not measured"), ("pt", "Energia da GPU", "não medido")])
+@pytest.mark.parametrize(
+    ("language", "name", "missing"),
+    [("en", "Energy of the node's processors", "not measured"), ("pt", "Energia dos processadores do nó", "não medido")],
+)
 def test_what_was_not_measured_is_said_never_zero(runs, reports, language, name, missing):
     assert cells(blocks(runs, language), name) == [missing] * 3
     for page in reports[language]:

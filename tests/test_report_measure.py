@@ -14,15 +14,18 @@ from lorabatch.report.advice import advice
 from lorabatch.report.figures_measure import position, roofline_plots
 from lorabatch.report.load import load_benches, load_runs
 from lorabatch.report.sections import document
+from lorabatch.report.tables import training
+from lorabatch.report.threats import threats
 from lorabatch.report.words import Words
 
 GIB = 2**30
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome"))), None)
 
 
 def write_bench(path, sweep="batch_size", rates=(100.0, 180.0, 220.0)):
     points = [
         {sweep: 2**i, "tokens_per_s": estimate([r + j for j in range(6)]), "batch_latency_ms": estimate([50.0 * (i + 1)])}
+        | ({"weak_tokens_per_s": estimate([102.5 * 1.9**i + j for j in range(6)])} if sweep == "threads" else {})
         for i, r in enumerate(rates)
     ]
     path.write_text(json.dumps(bench_record("bench infer", sweep, points, command=["lorabatch", "bench", "infer"], threads=2)))
@@ -63,6 +66,49 @@ def test_a_run_that_used_what_it_asked_for_gets_no_advice(tmp_path, kind):
     assert said(tmp_path, kind, {"max_rss_bytes": 3 * GIB, "cgroup_memory_bytes": 4 * GIB, "gpu_util_percent": 95}) == []
 
 
+def efficiency(runs):
+    """Rows of the efficiency table, and the texts below it."""
+    section = next(s for s in document(Words("en"), runs, grid_g_per_kwh=100.0).sections if s.key == "efficiency")
+    table = [block for block in section.blocks if type(block).__name__ == "Table"][-1]
+    return {row[0]: row[1:] for row in table.rows}, [block.text for block in section.blocks if type(block).__name__ == "Paragraph"]
+
+
+def test_energy_and_gpu_figures_with_the_reasons_of_those_that_are_missing(tmp_path):
+    """1.8 MJ of the GPU and 1.8 MJ of the processors are 1 kWh."""
+    measured = {
+        "gpu_util_percent": 90.0,
+        "energy_j": 1.8e6,
+        "cpu_energy_j": 1.8e6,
+        "missing": {"gpu_dram_active_percent": "NVML: Not Supported"},
+    }
+    paths = [train_run(tmp_path / "lora", metrics=TRAIN_METRICS | measured), infer_run(tmp_path / "out", [completion(0, "a", "x")])]
+    rows, texts = efficiency(load_runs(paths))
+    assert rows["CO2e of the energy measured"] == ["100 g", "not measured"]
+    assert rows["GPU memory rate, of its peak, mean"] == ["not measured"] * 2 and rows["GPU busy in time, mean"] == [
+        "90.0%",
+        "not measured",
+    ]
+    assert texts[-1] == "Not measured in lora, and why: NVML: Not Supported."
+    rows, _ = efficiency(load_runs(paths[1:]))
+    assert rows["GPU: activity, memory, power, energy, PCIe"] == ["not measured"] and "GPU busy in time, mean" not in rows
+
+
+def test_a_run_that_waited_for_cores_is_a_threat_and_gets_no_advice_on_cores(tmp_path):
+    waiting = {"cpu_percent": 40.0, "cpu_wait_percent": 20.0}
+    assert said(tmp_path, "train", waiting, {"usable_cores": 8}) == []
+    found = threats(Words("en"), load_runs([tmp_path / "run"]), [])
+    assert any("waited for a core 50.0% as long as it computed" in line for line in found)
+
+
+def test_an_epoch_that_was_not_completed_is_estimated_and_said_to_be(tmp_path):
+    """24 documents in steps of 8 are three steps of 10 s."""
+    (run,) = load_runs([train_run(tmp_path / "lora", metrics=TRAIN_METRICS | {"train_s": 20.0, "steps": 2})])
+    row = next(row for row in training(Words("en"), [run]).rows if row[0] == "Time per epoch, in steps")
+    assert row[1] == "about 30.0 s at this rate (none completed)"
+    (run,) = load_runs([train_run(tmp_path / "whole", metrics=TRAIN_METRICS | {"epoch_s": 31.0})])
+    assert ["Time per epoch, in steps", "31.0 s"] in training(Words("en"), [run]).rows
+
+
 def test_places_on_the_roofline(tmp_path):
     """Training: 2 * 2048 / 4 flop a byte; decoding: its flops over the bytes it had to read. Another machine is not drawn with them."""
     decode = INFER_METRICS | {"mbu": 0.5, "measured_bytes_per_s": 2e10, "decode_flops_per_s": 4e10, "measured_flops_per_s": 5e11}
@@ -82,6 +128,9 @@ def test_sweeps_are_tables_and_plots_with_their_conclusion(tmp_path):
     batch, threads = (block for block in sections["sweeps"].blocks if type(block).__name__ == "Table")
     assert batch.rows[1] == ["2", "182 tokens/s", "180 … 185", "1.78", "100 ms"], "six values: the interval is their range"
     assert threads.rows[1][4].endswith("%") and threads.rows[0][4] == "not measured"
+    assert threads.head[5].endswith("work × threads") and threads.rows[1][5:] == ["197 tokens/s", "195 … 200", "1.88"]
+    laws = [block.text for block in sections["sweeps"].blocks if type(block).__name__ == "Paragraph" and "Gustafson" in block.text]
+    assert len(laws) == 1 and "12.1% is serial by Gustafson" in laws[0], "2 - 197.25 / 105"
     one, two = (block for block in sections["sweeps"].blocks if type(block).__name__ == "Plot")
     assert (one.name, two.name) == ("sweep1", "sweep2") and "knee" in one.svg and "knee" not in two.svg
     first, second = sections["advice"].blocks[0].items

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lorabatch.report.load import Bench, InferRun, Run, TrainRun
+from lorabatch.report.threats import DISTURBED
 from lorabatch.report.words import Words
 
 GIB = 2**30
@@ -48,8 +49,8 @@ def requested_memory(run: Run) -> float | None:
 
 
 def _cores(words: Words, run: Run) -> Iterator[str]:
-    used, cores = run.metric("cpu_percent"), run.environment.get("usable_cores")
-    if used is not None and cores and used / 100 < ENOUGH_LEFT * cores:
+    used, waited, cores = run.metric("cpu_percent"), run.metric("cpu_wait_percent") or 0, run.environment.get("usable_cores")
+    if used is not None and waited < DISTURBED * used and cores and used / 100 < ENOUGH_LEFT * cores:
         suggested = max(1, math.ceil(used / 100))
         if suggested < cores:
             yield words("advice_cores", run=run.label, used=words.number(used / 100), cores=cores, suggested=suggested)

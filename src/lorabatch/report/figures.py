@@ -82,14 +82,18 @@ def system_plots(words: Words, runs: Sequence[Run]) -> list[Plot]:
     shown = [panel for panel in PANELS if any(getattr(s, panel[0]) is not None for run in runs for s in run.samples)]
     if not shown:
         return []
-    with canvas(words, rows=len(shown), height=1.5 * len(shown) + 0.8) as (figure, panels):
-        for panel, (name, axis, divisor) in zip(panels, shown, strict=True):
+    kinds = list(dict.fromkeys(type(run) for run in runs))  # a column each: a training lasts longer than an inference
+    with canvas(words, rows=len(shown), columns=len(kinds), height=1.5 * len(shown) + 0.8) as (figure, panels):
+        for place, panel in enumerate(panels):
+            (name, axis, divisor), kind = shown[place // len(kinds)], kinds[place % len(kinds)]
             for i, run in enumerate(runs):
-                known = [(s.t_s, getattr(s, name) / divisor) for s in run.samples if getattr(s, name) is not None]
+                known = [(s.t_s, getattr(s, name) / divisor) for s in run.samples if getattr(s, name) is not None and type(run) is kind]
                 panel.plot(*_thinned([t for t, _ in known], [v for _, v in known]), label=run.label, **line_style(i))
-            panel.set_ylabel(words(axis))
             panel.set_ylim(bottom=0)
-        panels[-1].set_xlabel(words("axis_time"))
+            if place % len(kinds) == 0:
+                panel.set_ylabel(words(axis))
+        for panel in panels[-len(kinds) :]:
+            panel.set_xlabel(words("axis_time"))
         return [plot(words, figure, panels[0], "system", max(len(run.samples) for run in runs))]
 
 

@@ -45,8 +45,9 @@ def roofline_plots(words: Words, runs: Sequence[Run]) -> list[Plot]:
             roof = [(ridge / 256, bandwidth * ridge / 256 / 1e9), (ridge, peak / 1e9), (right, peak / 1e9)]
             panel.plot(*zip(*roof, strict=True), color=INK, linewidth=1.5)
             text = f"{dtype}: {words.quantity(peak, 'flop/s')}"
-            panel.annotate(text, (right, peak / 1e9), ha="right", va="bottom", fontsize=9)
-        panel.annotate(words.quantity(bandwidth, "bytes/s"), roof[0], xytext=(6, -2), textcoords="offset points", va="top", fontsize=9)
+            panel.annotate(text, (right, peak / 1e9), xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", fontsize=9)
+        panel.annotate(words.quantity(bandwidth, "bytes/s"), roof[0], xytext=(10, 0), textcoords="offset points", va="center", fontsize=9)
+        panel.margins(y=0.12)
         for i, (run, (x, y)) in enumerate(places):
             marker = "o" if isinstance(run, InferRun) else "s"
             panel.plot([x], [y / 1e9], marker, markersize=8, color=COLOURS[i % len(COLOURS)], label=run.label)
@@ -71,6 +72,12 @@ def sweep_plots(words: Words, bench: Bench, number: int) -> list[Plot]:
                 panel.plot([level, level], [estimate["low"], estimate["high"]], "_-", color=COLOURS[0], markersize=12)
         panel.plot(levels, medians, "o", color=COLOURS[0], label=bench.label)
         panel.plot(levels, [medians[0] * level / levels[0] for level in levels], ":", color=INK, linewidth=1, label=words("axis_ideal"))
+        weak = [(p[bench.sweep], e) for p in bench.points if (e := p.get("weak_tokens_per_s")) and e["median"] is not None]
+        for level, estimate in weak:
+            if estimate["low"] is not None:
+                panel.plot([level, level], [estimate["low"], estimate["high"]], "_-", color=COLOURS[1], markersize=12)
+        if weak:
+            panel.plot([x for x, _ in weak], [e["median"] for _, e in weak], "s", mfc="none", color=COLOURS[1], label=words("axis_weak"))
         if bench.record.get("knee") is not None:
             panel.axvline(bench.record["knee"], color=COLOURS[1], linestyle="--", linewidth=1, label=words("axis_knee"))
         panel.set_xscale("log", base=2)
@@ -78,7 +85,7 @@ def sweep_plots(words: Words, bench: Bench, number: int) -> list[Plot]:
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.set_xlabel(words(f"level_{bench.sweep}"))
         panel.set_ylabel(words("axis_tokens"))
-        panel.set_ylim(0, 1.35 * max(medians))
+        panel.set_ylim(0, 1.35 * max(medians + [e["median"] for _, e in weak]))
         drawn = plot(words, figure, panel, "sweep", len(points))
         name = f"sweep{number + 1}"
         return [Plot(name, drawn.svg.replace('"sweep-', f'"{name}-').replace("#sweep-", f"#{name}-"), drawn.caption, drawn.alt)]

@@ -18,6 +18,7 @@ from lorabatch.report.words import Words
 MAX_EXAMPLES = 12
 MAX_CHARACTERS = 800  # of a prompt or completion that is shown
 MAX_FAILURES = 20
+LAWS = {"strong": "serial_share", "weak": "weak_serial_share"}
 
 
 def document(words: Words, runs: Sequence[TrainRun | InferRun], benches: Sequence[Bench] = (), *, grid_g_per_kwh: float = 0.0) -> Document:
@@ -187,8 +188,13 @@ def _efficiency(words: Words, trained: Sequence[TrainRun], inferred: Sequence[In
     timed = [tables.phases(words, trained)] if trained else []
     timed += [tables.inference_phases(words, inferred)] if inferred else []
     note = Paragraph(words("co2e_note", factor=words.number(grid_g_per_kwh)))
+    reasons: dict[str, dict[str, None]] = {}  # the same for most runs and figures: said once
+    for run in runs:
+        for reason in ((run.metrics or {}).get("missing") or {}).values():
+            reasons.setdefault(reason, {})[run.label] = None
+    missing = [Paragraph(words("missing", runs=", ".join(labels), reasons=reason)) for reason, labels in reasons.items()]
     drawn = [*figures_measure.roofline_plots(words, runs), *figures.system_plots(words, runs)]
-    return [*timed, *drawn[:1], tables.efficiency(words, runs, grid_g_per_kwh=grid_g_per_kwh), note, *drawn[1:]]
+    return [*timed, *drawn[:1], tables.efficiency(words, runs, grid_g_per_kwh=grid_g_per_kwh), note, *missing, *drawn[1:]]
 
 
 def _sweeps(words: Words, benches: Sequence[Bench]) -> list[Section]:
@@ -201,6 +207,9 @@ def _sweeps(words: Words, benches: Sequence[Bench]) -> list[Section]:
         plots = figures_measure.sweep_plots(words, bench, number)
         where = words("sweep_where", run=bench.label, kind=bench.record["kind"], machine=machine)
         blocks += [Paragraph(where), *plots, tables.sweep(words, bench)]
+        if bench.record.get("weak_serial_share") is not None:
+            shares = {law: words.quantity(bench.record.get(key), "share") for law, key in LAWS.items()}
+            blocks.append(Paragraph(words("sweep_laws", **shares)))
     return [Section("sweeps", words("sweeps"), blocks)]
 
 

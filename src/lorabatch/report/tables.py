@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ Show = Callable[[Any], Cell]  # a run -> its cell
 TRAIN_METRICS = {
     "steps": "",
     "train_s": "s",
-    "epoch_s": "s",
     "p50_step_ms": "ms",
     "p95_step_ms": "ms",
     "steps_per_min": "steps/min",
@@ -50,21 +50,28 @@ INFER_METRICS = {
 LATENCIES = ("queue_ms", "ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
 MACHINE_METRICS = {
     "peak_memory_bytes": "bytes",
-    "max_rss_bytes": "bytes",
     "max_pss_bytes": "bytes",
     "cpu_percent": "%",
-    "os_threads": "",
-    "involuntary_switches_per_s": "",
+    "cpu_wait_percent": "%",
     "throttled_share": "share",
-    "gpu_util_percent": "%",
-    "max_gpu_memory_bytes": "bytes",
-    "gpu_power_w": "W",
-    "energy_j": "J",
+    "cpu_energy_j": "J",
     "read_bytes_per_s": "bytes/s",
     "write_bytes_per_s": "bytes/s",
     "disk_read_bytes_per_s": "bytes/s",
     "disk_write_bytes_per_s": "bytes/s",
     "sampler_cpu_s": "s",
+}
+GPU_METRICS = {  # one row where no run measured any of them
+    "gpu_util_percent": "%",
+    "gpu_sm_active_percent": "%",
+    "gpu_tensor_active_percent": "%",
+    "gpu_dram_active_percent": "%",
+    "max_gpu_memory_bytes": "bytes",
+    "gpu_power_w": "W",
+    "energy_j": "J",
+    "gpu_sm_mhz": "MHz",
+    "gpu_pcie_rx_bytes_per_s": "bytes/s",
+    "gpu_pcie_tx_bytes_per_s": "bytes/s",
 }
 PHASES = ("import_s", "tokenise_s", "load_s", "loop_s", "save_s")
 DATA_COUNTS = ("documents_read", "documents", "split", "cut", "dropped", "tokens", "target_tokens", "median_tokens", "longest_tokens")
@@ -188,7 +195,17 @@ def data(words: Words, runs: Sequence[TrainRun]) -> Table | None:
 
 
 def training(words: Words, runs: Sequence[TrainRun]) -> Table:
-    return run_table(words, runs, metric_rows(words, TRAIN_METRICS))
+    def epoch(run: TrainRun) -> str:
+        """Measured where an epoch was completed, else what one takes at the run's own rate, and said to be so."""
+        measured, spent, steps = (run.metric(name) for name in ("epoch_s", "train_s", "steps"))
+        documents = ((run.record.get("data") or {}).get("train") or {}).get("documents")
+        if measured is not None or not spent or not steps or not documents:
+            return words.quantity(measured, "s")
+        whole = math.ceil(documents / (run.config["batch_size"] * run.config["grad_accum_steps"])) * spent / steps
+        return words("epoch_estimate", time=words.quantity(whole, "s"))
+
+    rows = metric_rows(words, TRAIN_METRICS)
+    return run_table(words, runs, [*rows[:2], (words("epoch_s"), epoch), *rows[2:]])
 
 
 def inference(words: Words, runs: Sequence[InferRun]) -> Table:
@@ -207,7 +224,10 @@ def latency(words: Words, runs: Sequence[InferRun]) -> Table:
         return [head, *(words.quantity(run.metric(metric.format(p=p)), "ms") for p in PERCENTILES)]
 
     rows = [row(run, words(name), f"p{{p}}_{name}") for name in LATENCIES for run in runs]
-    rows += [row(run, words("batch_latency"), "batch_latency_p{p}_ms") for run in runs]
+    rows += [
+        [*cells[:2], words("not_applicable"), cells[3], words("not_applicable")]  # of a few repetitions only two are recorded
+        for cells in (row(run, words("batch_latency"), "batch_latency_p{p}_ms") for run in runs)
+    ]
     return Table([words("latency"), *(f"p{p}" for p in PERCENTILES)], rows)
 
 
@@ -230,14 +250,16 @@ def efficiency(words: Words, runs: Sequence[Run], *, grid_g_per_kwh: float) -> T
         return words.quantity(run.metric("padding_share"), "share") if isinstance(run, TrainRun) else words("not_applicable")
 
     def co2e(run: Run) -> str:
-        joules = run.metric("energy_j")
-        return words.quantity(None if joules is None else joules / 3.6e6 * grid_g_per_kwh, "g")
+        joules = [value for name in ("energy_j", "cpu_energy_j") if (value := run.metric(name)) is not None]
+        return words.quantity(sum(joules) / 3.6e6 * grid_g_per_kwh if joules else None, "g")
 
+    measured = any(run.metric(name) is not None for run in runs for name in GPU_METRICS)
     rows = [
         (words("mfu"), share("mfu", "measured_flops_per_s", "flop/s", TrainRun)),
         (words("mbu"), share("mbu", "measured_bytes_per_s", "bytes/s", InferRun)),
         (words("padding_share"), padding),
         *metric_rows(words, MACHINE_METRICS),
+        *(metric_rows(words, GPU_METRICS) if measured else [(words("gpu_figures"), lambda run: words("not_measured"))]),
         (words("co2e"), co2e),
     ]
     return run_table(words, runs, rows)
@@ -262,7 +284,7 @@ def inference_phases(words: Words, runs: Sequence[InferRun]) -> Table:
 
 
 def sweep(words: Words, bench: Bench) -> Table:
-    """Medians with their intervals, and for threads what Karp and Flatt make of them."""
+    """Medians with their intervals; for threads what Karp and Flatt make of them, and the same for work that grows with the threads."""
 
     def interval(estimate: dict[str, Any]) -> str:
         low, high = estimate.get("low"), estimate.get("high")
@@ -279,6 +301,13 @@ def sweep(words: Words, bench: Bench) -> Table:
         last = words.quantity(serial.get(str(level)), "share") if bench.sweep == "threads" else words.quantity(latency, "ms")
         times = words("not_applicable") if rate["median"] is None or not first else words.number(rate["median"] / first)
         rows.append([words.number(level), words.quantity(rate["median"], "tokens/s"), interval(rate), times, last])
+    weak = [rate for point in bench.points if (rate := point.get("weak_tokens_per_s"))]
+    if len(weak) == len(rows):
+        extra_heads = [words(key) for key in ("sweep_weak_rate", "sweep_interval", "sweep_speedup")]
+        for row, rate in zip(rows, weak, strict=True):
+            base = weak[0]["median"]
+            row += [words.quantity(rate["median"], "tokens/s"), interval(rate), words.number(rate["median"] / base if base else None)]
+        return Table([*head, extra, *extra_heads], rows)
     return Table([*head, extra], rows)
 
 

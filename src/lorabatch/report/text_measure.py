@@ -80,6 +80,14 @@ MEASURE: dict[str, tuple[str, str]] = {
     "sweep_interval": ("Interval of the median", "Intervalo da mediana"),
     "sweep_speedup": ("Times the first row", "Vezes a primeira linha"),
     "sweep_karp_flatt": ("Serial share (Karp-Flatt)", "Fração serial (Karp-Flatt)"),
+    "sweep_weak_rate": ("Median throughput, work × threads", "Vazão mediana, trabalho × threads"),
+    "sweep_laws": (
+        "Left, the same work for every number of threads (strong scaling): {strong} of it is serial by Amdahl's law. Right, work that grows "
+        "with the threads (weak scaling): {weak} is serial by Gustafson's law.",
+        "À esquerda, o mesmo trabalho para todo número de threads (escalabilidade forte): {strong} dele é serial pela lei de Amdahl. À "
+        "direita, trabalho que cresce com as threads (escalabilidade fraca): {weak} é serial pela lei de Gustafson.",
+    ),
+    "axis_weak": ("work × threads", "trabalho × threads"),
     "sweep_latency": ("Time per batch, median", "Tempo por lote, mediana"),
     "fig_sweep": (
         "Throughput by level, with intervals of the median; dotted: proportional growth from the first level; vertical line: the knee.",
@@ -97,20 +105,19 @@ MEASURE: dict[str, tuple[str, str]] = {
     "axis_intensity": ("arithmetic intensity (flop/byte)", "intensidade aritmética (flop/byte)"),
     "axis_gflops": ("Gflop/s", "Gflop/s"),
     # energy and system
-    "co2e": ("CO2e of the GPU's energy", "CO2e da energia da GPU"),
+    "co2e": ("CO2e of the energy measured", "CO2e da energia medida"),
+    "missing": ("Not measured in {runs}, and why: {reasons}.", "Não medido em {runs}, e por quê: {reasons}."),
     "co2e_note": (
-        "CO2e = GPU energy × {factor} g/kWh (default 98.3: Brazil, 2023, CodeCarbon's table of grids; PUE 1.0). Energy is read from the "
-        "board's counter; that of CPU and memory is not measured (its counters need root).",
-        "CO2e = energia da GPU × {factor} g/kWh (padrão 98,3: Brasil, 2023, tabela de redes do CodeCarbon; PUE 1,0). A energia vem do contador "
-        "da placa; a de CPU e memória não é medida (seus contadores exigem root).",
+        "CO2e = energy of GPU and processors, as far as measured, × {factor} g/kWh (default 98.3: Brazil, 2023, CodeCarbon's table of "
+        "grids; PUE 1.0). Both are read from counters: the board's, and the processors' (RAPL), which counts all that ran on the node.",
+        "CO2e = energia da GPU e dos processadores, na medida em que foi medida, × {factor} g/kWh (padrão 98,3: Brasil, 2023, tabela de redes "
+        "do CodeCarbon; PUE 1,0). Ambas vêm de contadores: o da placa e o dos processadores (RAPL), que conta tudo o que rodou no nó.",
     ),
     "read_bytes_per_s": ("Bytes read by system calls, mean rate", "Bytes lidos por chamadas de sistema, taxa média"),
     "write_bytes_per_s": ("Bytes written by system calls, mean rate", "Bytes escritos por chamadas de sistema, taxa média"),
     "disk_read_bytes_per_s": ("Bytes read from devices, mean rate", "Bytes lidos de dispositivos, taxa média"),
     "disk_write_bytes_per_s": ("Bytes written to devices, mean rate", "Bytes escritos em dispositivos, taxa média"),
     "max_pss_bytes": ("Process memory, shared pages divided, most sampled", "Memória, páginas compartilhadas divididas, máximo amostrado"),
-    "os_threads": ("Threads of the process, mean", "Threads do processo, média"),
-    "involuntary_switches_per_s": ("Times a second it lost its core", "Vezes por segundo em que perdeu o núcleo"),
     "throttled_share": ("Held back by its CPU quota", "Contida pela cota de CPU"),
     "axis_io": ("read + write (MB/s)", "leitura + escrita (MB/s)"),
     "startup_phase": ("Start-up (import, load, pack)", "Inicialização (importação, carga, empacotamento)"),

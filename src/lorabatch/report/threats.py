@@ -8,6 +8,7 @@ from lorabatch.report.load import InferRun, Run, TrainRun
 from lorabatch.report.words import Words
 
 FEW_DOCUMENTS = FEW_REQUESTS = 100
+DISTURBED = 0.05  # of the time in which it ran, a run waited for a core
 
 
 def threats(words: Words, trained: Sequence[TrainRun], inferred: Sequence[InferRun]) -> list[str]:
@@ -17,10 +18,14 @@ def threats(words: Words, trained: Sequence[TrainRun], inferred: Sequence[InferR
         ("one_repetition", [run for run in inferred if run.metric("iterations") == 1]),
         ("few_requests", [run for run in inferred if 0 < (run.metric("completed") or 0) < FEW_REQUESTS]),
         ("greedy", [run for run in inferred if not run.config.get("temperature")]),
-        ("shared", runs),
+        ("shared_unknown", [run for run in runs if run.metric("cpu_wait_percent") is None]),
         ("no_state", [run for run in runs if (run.environment.get("git") or {"dirty": True}).get("dirty")]),
     ]
     found = [words(key, runs=", ".join(run.label for run in which), least=FEW_REQUESTS) for key, which in shared if which]
+    for run in runs:
+        wait, busy = run.metric("cpu_wait_percent"), run.metric("cpu_percent")
+        if wait and busy and wait / busy > DISTURBED:
+            found.append(words("shared", run=run.label, wait=words.quantity(wait / busy, "share")))
     found += [line for run in trained for line in _validation(words, run)]
     found += [line for run in inferred for line in _inference(words, run)]
     hosts = sorted({str(run.environment.get("host")) for run in runs})
