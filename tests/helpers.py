@@ -15,6 +15,8 @@ from lorabatch.model.lora import LoraSettings
 from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import spec_from_config
 from lorabatch.model.weights import build_decoder, fingerprint, normalised
+from lorabatch.train.loop import Lane, alone, drive, training
+from lorabatch.train.ranks import ALONE
 
 VOCAB = 300
 EOS = "<|endoftext|>"
@@ -220,3 +222,8 @@ def tiny_corpus(lengths, *, seed=0, first_targets=None, target_bytes=None):
     first_targets = first_targets or [1] * len(lengths)
     documents = tuple(TokenDocument(ids.numpy(), first) for ids, first in zip(random_ids(lengths, seed=seed), first_targets, strict=True))
     return TokenCorpus(documents, len(documents), 0, 0, 0, target_bytes)
+
+
+def train_loop(model, learner, corpus, validation, config, *, ranks=ALONE, **calls):
+    """A single run from where its learner is to its end; its state. calls: as ``training`` takes them."""
+    return drive([Lane(learner, training(model, learner, corpus, validation, config, ranks=ranks, **calls))], alone(model, ranks))[0]

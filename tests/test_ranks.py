@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from helpers import native, randomise_b, tiny_corpus, tiny_model
+from helpers import native, randomise_b, tiny_corpus, tiny_model, train_loop
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -25,7 +25,6 @@ from lorabatch.corpus.packing import deal
 from lorabatch.errors import UnavailableError
 from lorabatch.model.lora import LoraSettings
 from lorabatch.train import checkpoint
-from lorabatch.train.loop import train_loop
 from lorabatch.train.ranks import ALONE, Place, Ranks, find_place, first_host
 from lorabatch.train.state import Learner
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from helpers import native, randomise_b, tiny_corpus, tiny_model
+from helpers import native, randomise_b, tiny_corpus, tiny_model, train_loop
 from test_train_loop import LENGTHS, TARGETS
 
 from lorabatch.config import TrainConfig
 from lorabatch.errors import TrainingError
 from lorabatch.model.lora import LoraSettings
-from lorabatch.train.loop import train_loop
 from lorabatch.train.scaler import LARGEST, LossScaler
 from lorabatch.train.state import Learner
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import native, randomise_b, tiny_corpus, tiny_model
+from helpers import native, randomise_b, tiny_corpus, tiny_model, train_loop
 
 from lorabatch.config import TrainConfig
 from lorabatch.errors import TrainingError
@@ -14,7 +14,7 @@ from lorabatch.model.linear import FrozenLinear, Part
 from lorabatch.model.lora import AdapterSet, LoraSettings
 from lorabatch.model.loss import cross_entropy_sum
 from lorabatch.train import loop
-from lorabatch.train.loop import planned_steps, train_loop
+from lorabatch.train.loop import planned_steps
 from lorabatch.train.schedule import learning_rate
 from lorabatch.train.state import Learner
 

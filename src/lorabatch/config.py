@@ -23,6 +23,9 @@ class TrainConfig(Settings):
     train_path: str = setting("data_sample/train.txt", "training documents: .txt, .jsonl, .csv or .parquet", free=True)
     val_path: str | None = setting("data_sample/val.txt", "validation documents ('none': no evaluation)", free=True)
     save_dir: str | None = setting(None, "run folder, adapter at its root (default: results/lora-<model>)", free=True)
+    jobs: str | None = setting(
+        None, "train several adapters over one base: .jsonl, one run a line: a name and its settings; folders --save_dir/NAME", free=True
+    )
     overwrite: bool = setting(False, "replace an earlier run in --save_dir", free=True)
     resume: str | None = setting(
         None, "auto: go on from the newest checkpoint in --save_dir, if any; or a checkpoint or run folder", free=True

@@ -13,12 +13,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lorabatch.errors import DataError, UnavailableError, UsageError
+from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UnavailableError, UsageError
 
 SCHEMA_VERSION = 1
 RUN_FILES = ("run.json", "events.jsonl", "completions.jsonl", "system.jsonl", "metrics.json")
@@ -162,6 +162,20 @@ class RunFolder:
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
         self.path, self.record = path, record
+        self._earlier: bytes | None = None  # run.json before this attempt to go on
+
+    @staticmethod
+    def check(path: Path, *, kind: str, folder_flag: str, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+        """The record of the run that is there, empty if there is none. UsageError if it may not be touched."""
+        if not (path / "run.json").exists():
+            return {}
+        found = read_json(path / "run.json")
+        if found.get("kind") != kind:
+            raise UsageError(f"holds a run of another kind ({found.get('kind')})", where=path, fix=f"choose another {folder_flag}")
+        if not (overwrite or resume):
+            ways = f"--resume{' auto' if kind == 'train' else ''} to go on, --overwrite to replace it,"
+            raise UsageError(f"holds an earlier run ({found.get('status')})", where=path, fix=f"add {ways} or choose another {folder_flag}")
+        return found
 
     @classmethod
     def create(
@@ -177,17 +191,8 @@ class RunFolder:
         resume: bool = False,
     ) -> RunFolder:
         """Make or reopen the folder. UsageError if it holds another run, UnavailableError if not writable."""
-        earlier = path / "run.json"
-        found: dict[str, Any] = {}
-        if earlier.exists():
-            found = read_json(earlier)
-            if found.get("kind") != kind:
-                raise UsageError(f"holds a run of another kind ({found.get('kind')})", where=path, fix=f"choose another {folder_flag}")
-            if not (overwrite or resume):
-                ways = f"--resume{' auto' if kind == 'train' else ''} to go on, --overwrite to replace it,"
-                raise UsageError(
-                    f"holds an earlier run ({found.get('status')})", where=path, fix=f"add {ways} or choose another {folder_flag}"
-                )
+        found = cls.check(path, kind=kind, folder_flag=folder_flag, overwrite=overwrite, resume=resume)
+        earlier = (path / "run.json").read_bytes() if resume and found else None
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / f".probe.{os.getpid()}"
@@ -214,6 +219,7 @@ class RunFolder:
         if resume and found:  # one run, however many attempts it takes
             record |= {k: found[k] for k in ("run_id", "started_at", "resumed") if k in found}
         run = cls(path, record)
+        run._earlier = earlier
         run.save()
         return run
 
@@ -223,6 +229,16 @@ class RunFolder:
 
     def finish(self, status: str, **changes: Any) -> None:
         self.save(status=status, finished_at=utc_now(), **changes)
+
+    def end_with(self, error: BaseException) -> None:
+        """Record what ended the run; a refusal to go on changes nothing."""
+        status = "interrupted" if isinstance(error, (InterruptedRun, KeyboardInterrupt)) else "failed"
+        with suppress(OSError, UnavailableError):  # a full disk must not hide what filled it
+            if self._earlier is not None and isinstance(error, (UsageError, DataError)):
+                with replacing(self.path / "run.json") as file:
+                    file.write(self._earlier)
+            else:
+                self.finish(status, error=str(error) if isinstance(error, LorabatchError) else repr(error))
 
     def jsonl(self, name: str) -> JsonlWriter:
         return JsonlWriter(self.path / name)

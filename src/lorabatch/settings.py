@@ -227,15 +227,16 @@ def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict
     for word in command.split():
         sections.append(sections[-1].get(word, {}))
     merged = {k: v for section in sections for k, v in section.items() if not isinstance(v, dict)}
-    return _typed_values(config_class, merged, path)
+    return typed_values(config_class, merged, path)
 
 
 def typed_settings(config_class: type[ConfigType], values: Mapping[str, Any], path: Path) -> ConfigType:
     """A configuration from values that a TOML file holds. UsageError for an unknown key or a value of another type."""
-    return config_class(**_typed_values(config_class, values, path))
+    return config_class(**typed_values(config_class, values, path))
 
 
-def _typed_values(config_class: type[Settings], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def typed_values(config_class: type[Settings], values: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+    """Settings from a file. UsageError for an unknown key or a value of another type."""
     hints = typing.get_type_hints(config_class)
     for key in values:
         if key not in hints:
@@ -243,8 +244,10 @@ def _typed_values(config_class: type[Settings], values: Mapping[str, Any], path:
     return {key: _typed(key, value, hints[key], path) for key, value in values.items()}
 
 
-def _typed(key: str, value: Any, annotation: Any, path: Path) -> Any:
+def _typed(key: str, value: Any, annotation: Any, path: Path | str) -> Any:
     kind, optional, many = _value_type(annotation)
+    if optional and value in (None, "none"):  # JSON's null, and what TOML has in its place
+        return None
     if many:
         items = value if isinstance(value, list) else [value]
         if all(isinstance(item, kind) for item in items):
@@ -252,5 +255,5 @@ def _typed(key: str, value: Any, annotation: Any, path: Path) -> Any:
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return None if optional and value == "none" else value
+        return value
     raise UsageError(f"'{key}' must be of type {kind.__name__}, not {value!r}", where=path, fix="mend the value")

@@ -34,7 +34,7 @@ UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a huge num
 
 
 class SystemSampler:
-    """Context manager. ``summary()`` afterwards: means over time, maxima of memory; None where nothing was read."""
+    """Context manager. ``summary()``, while it runs or afterwards: means over time, maxima of memory; None where nothing was read."""
 
     def __init__(self, path: Path, *, interval_s: float = 1.0) -> None:
         self._path, self._interval_s = path, interval_s
@@ -45,6 +45,7 @@ class SystemSampler:
         self._gauges: dict[str, list[float]] = {name: [0.0, 0.0, 0.0] for name in GAUGES}  # sum, count, maximum
         self._throttle_reasons: dict[str, int] = {}
         self._samples = 0
+        self._sampling = threading.Lock()
         self.own_cpu_s = 0.0
 
     def __enter__(self) -> SystemSampler:
@@ -68,8 +69,8 @@ class SystemSampler:
                     writer.write(self._sample(last=stopped))
                 except UnavailableError:  # a full disk: the run's own files will say so
                     return
+                self.own_cpu_s = time.thread_time()
                 if stopped:
-                    self.own_cpu_s = time.thread_time()
                     return
 
     def _counted(self) -> dict[str, float]:
@@ -87,6 +88,10 @@ class SystemSampler:
         return added
 
     def _sample(self, *, last: bool) -> dict[str, Any]:
+        with self._sampling:
+            return self._sampled(last=last)
+
+    def _sampled(self, *, last: bool) -> dict[str, Any]:
         added, now = self._counted(), time.perf_counter()
         seconds, self._last = max(now - self._last, 1e-9), now
         gauges = {**self._tree.gauges, **self._gpu.sample()}
@@ -101,6 +106,8 @@ class SystemSampler:
         return {"t_s": round(now - self._start, 3), **_rates(added, seconds), **gauges, "gpu_throttle_reasons": reasons}
 
     def summary(self) -> dict[str, Any]:
+        if not self._stop.is_set():
+            self._sample(last=True)  # of a run that ends before its process does
         means = {name: kept[0] / kept[1] if kept[1] else None for name, kept in self._gauges.items()}
         figures: dict[str, Any] = {**_rates(self._totals, self._last - self._start), **means}
         for name in ("rss_bytes", "pss_bytes", "gpu_memory_bytes", "os_threads"):

@@ -109,6 +109,16 @@ class Adapter(nn.Module):
         self.scale = scale
 
 
+@dataclass(frozen=True)
+class Route:
+    """Rows of the flat stream, and the adapters that they go through."""
+
+    rows: slice
+    adapters: tuple[tuple[Part, Adapter], ...]
+    dropout: float = 0.0  # on the input of the adapters
+    generator: torch.Generator | None = None  # of the dropout; None: torch's own
+
+
 class FrozenLinear(nn.Module):
     """``y = x Wᵀ + bias`` with a weight that never gets a gradient, plus the adapters of its parts."""
 
@@ -120,24 +130,33 @@ class FrozenLinear(nn.Module):
         self.product: Product = Prepacked(weight) if prepack else Dense(weight)
         self.adapters = nn.ModuleDict()  # key: index of the part, as a string
         self.dropout = 0.0
+        self.routes: Sequence[Route] | None = None  # where several runs share a pass, in place of the adapters above
 
     def forward(self, x: Tensor, before: Before | None = None) -> Tensor:
         """x [T, I] -> [T, O]. With ``before``, of ``before(x)``: then x is what is kept for the backward pass, not ``before(x)``."""
-        if self.adapters:
-            return self._adapted(x, before)
+        routes = self._one_route() if self.routes is None else self.routes
+        if routes:
+            masks = [self._mask(x[route.rows], route) for route in routes]
+            tensors = [t for route in routes for _, adapter in route.adapters for t in (adapter.a, adapter.b)]
+            return _AdaptedProduct.apply(x, self, before, routes, masks, *tensors)
         if before is not None:
             x = before(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _FrozenProduct.apply(x, self)
         return self.product.forward(x, self.bias)
 
-    def _adapted(self, x: Tensor, before: Before | None) -> Tensor:
-        tensors = [t for adapter in self.adapters.values() for t in (adapter.a, adapter.b)]
-        mask = None
-        if self.training and self.dropout > 0:
-            # One mask for all parts of the layer; peft draws one per part, which is as valid.
-            mask = F.dropout(x.new_ones(x.shape[0], self.in_features), self.dropout)
-        return _AdaptedProduct.apply(x, mask, self, before, *tensors)
+    def _one_route(self) -> Sequence[Route]:
+        if not self.adapters:
+            return ()
+        adapters = cast("list[tuple[str, Adapter]]", list(self.adapters.items()))
+        return (Route(slice(None), tuple((self.parts[int(index)], adapter) for index, adapter in adapters), self.dropout),)
+
+    def _mask(self, x: Tensor, route: Route) -> Tensor | None:
+        """[rows, I] of zeros and 1 / (1 - p): one for all parts of the layer; peft draws one per part, which is as valid."""
+        if not self.training or not route.dropout:
+            return None
+        keep = 1 - route.dropout
+        return x.new_empty(x.shape[0], self.in_features).bernoulli_(keep, generator=route.generator).div_(keep)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -154,7 +173,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """``x Wᵀ + bias`` and, per adapted part, ``scale * (mask * x) Aᵀ Bᵀ``.
+    """``x Wᵀ + bias`` and, on the rows of each route and per adapted part, ``scale * (mask * x) Aᵀ Bᵀ``.
 
     Saves the input and the rank-sized ``(mask * x) Aᵀ``. The A matrices of all parts go through one
     product; products with a rank-sized side come first, so no [O, I] gradient ever exists.
@@ -162,89 +181,106 @@ class _AdaptedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, layer: FrozenLinear, before: Before | None, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(x, mask, *tensors)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layer: FrozenLinear,
+        before: Before | None,
+        routes: Sequence[Route],
+        masks: Sequence[Tensor | None],
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, *masks, *tensors)
         ctx.before = before
         if before is not None:
             x = before(x)
         y = layer.product.forward(x, layer.bias)
-        passes = _lora_passes(layer, x, mask, tensors)
-        if passes is not None:
-            low = passes.lora(_fused_parts(layer, tensors), tensors[0].shape[0], x, y)
-        else:
-            a_all = torch.cat([a.to(x.dtype) for a in tensors[0::2]])  # [sum of r, I]
-            dropped = x if mask is None else x * mask
-            low = dropped @ a_all.t()  # [T, sum of r]
-            for part, adapter, b, h in _parts(layer, tensors, low):
-                y[:, part.start : part.stop].addmm_(h, b.to(x.dtype).t(), alpha=adapter.scale)
-        ctx.layer, ctx.low = layer, low  # ours alone, so it needs no version check
+        # Ours alone, so they need no version check.
+        ctx.lows = [_add_low_rank(route, x[route.rows], mask, y[route.rows]) for route, mask in zip(routes, masks, strict=True)]
+        ctx.layer, ctx.routes = layer, routes
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, *tensors = ctx.saved_tensors
-        layer, low = ctx.layer, ctx.low
+        x, *saved = ctx.saved_tensors
         given = x.detach().requires_grad_(ctx.needs_input_grad[0])
         if ctx.before is not None:
             with torch.enable_grad():
                 again = ctx.before(given)
             x = again.detach()
-        x_grad = layer.product.input_grad(grad) if ctx.needs_input_grad[0] else None
-        passes = _lora_passes(layer, x, mask, tensors)
-        if passes is not None:
-            a_all_grad, flat = passes.lora_grad(_fused_parts(layer, tensors), tensors[0].shape[0], x, low, grad.contiguous(), x_grad)
-            b_grads = [g.view(b.shape) for g, b in zip(flat.split([b.numel() for b in tensors[1::2]]), tensors[1::2], strict=True)]
-        else:
-            a_all_grad, b_grads = _plain_backward(layer, x, mask, low, tensors, grad, x_grad)
+        grad = grad.contiguous()
+        x_grad = ctx.layer.product.input_grad(grad) if ctx.needs_input_grad[0] else None
+        grads: list[Tensor] = []
+        for route, mask, low in zip(ctx.routes, saved, ctx.lows, strict=False):  # saved: the masks, then A and B
+            rows = route.rows
+            grads += _low_rank_grads(route, x[rows], mask, low, grad[rows], None if x_grad is None else x_grad[rows])
         if x_grad is not None and ctx.before is not None:
             (x_grad,) = torch.autograd.grad(again, given, x_grad)
-        a_grads = a_all_grad.split([a.shape[0] for a in tensors[0::2]])
-        return (x_grad, None, None, None, *(g for pair in zip(a_grads, b_grads, strict=True) for g in pair))
+        return (x_grad, None, None, None, None, *grads)
 
 
-def _plain_backward(
-    layer: FrozenLinear, x: Tensor, mask: Tensor | None, low: Tensor, tensors: Sequence[Tensor], grad: Tensor, x_grad: Tensor | None
+def _add_low_rank(route: Route, x: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:
+    """Adds the adapters' part to y [rows, O]; returns x Aᵀ of all parts [rows, sum of r]."""
+    passes = _lora_passes(route, x, mask)
+    if passes is not None:
+        return passes.lora(_fused_parts(route), route.adapters[0][1].a.shape[0], x, y)
+    a_all = torch.cat([adapter.a.to(x.dtype) for _, adapter in route.adapters])  # [sum of r, I]
+    low = (x if mask is None else x * mask) @ a_all.t()
+    for part, adapter, h in _parts(route, low):
+        y[:, part.start : part.stop].addmm_(h, adapter.b.to(x.dtype).t(), alpha=adapter.scale)
+    return low
+
+
+def _low_rank_grads(route: Route, x: Tensor, mask: Tensor | None, low: Tensor, grad: Tensor, x_grad: Tensor | None) -> list[Tensor]:
+    """Gradients of A [r, I] and B [O of the part, r] of each part in turn, fp32; the adapters' share is added to ``x_grad``."""
+    a_parts, b_parts = ([getattr(adapter, half) for _, adapter in route.adapters] for half in "ab")
+    passes = _lora_passes(route, x, mask)
+    if passes is not None:
+        a_all_grad, flat = passes.lora_grad(_fused_parts(route), a_parts[0].shape[0], x, low, grad, x_grad)
+        b_grads = [g.view(b.shape) for g, b in zip(flat.split([b.numel() for b in b_parts]), b_parts, strict=True)]
+    else:
+        a_all_grad, b_grads = _plain_grads(route, x, mask, low, grad, x_grad)
+    a_grads = a_all_grad.split([a.shape[0] for a in a_parts])
+    return [g for pair in zip(a_grads, b_grads, strict=True) for g in pair]
+
+
+def _plain_grads(
+    route: Route, x: Tensor, mask: Tensor | None, low: Tensor, grad: Tensor, x_grad: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """(gradients of all A [sum of r, I], of each B), fp32; the adapters' share of the input's gradient is added to ``x_grad``."""
-    dropped = x if mask is None else x * mask
+    """(gradients of all A [sum of r, I], of each B), as above."""
     low_grad = torch.empty_like(low)
     b_grads = []
-    for (part, adapter, b, h), slot in zip(_parts(layer, tensors, low), _parts(layer, tensors, low_grad), strict=True):
+    for (part, adapter, h), (_, _, h_grad) in zip(_parts(route, low), _parts(route, low_grad), strict=True):
         part_grad = grad[:, part.start : part.stop]
-        torch.mm(part_grad, b.to(x.dtype) * adapter.scale, out=slot[3])
+        torch.mm(part_grad, adapter.b.to(x.dtype) * adapter.scale, out=h_grad)
         b_grads.append((part_grad.t() @ h).float().mul_(adapter.scale))
     if x_grad is not None:
-        a_all = torch.cat([a.to(x.dtype) for a in tensors[0::2]])
+        a_all = torch.cat([adapter.a.to(x.dtype) for _, adapter in route.adapters])
         if mask is None:
             x_grad.addmm_(low_grad, a_all)
         else:
             x_grad.add_((low_grad @ a_all).mul_(mask))
-    return (low_grad.t() @ dropped).float(), b_grads
+    return (low_grad.t() @ (x if mask is None else x * mask)).float(), b_grads
 
 
-def _lora_passes(layer: FrozenLinear, x: Tensor, mask: Tensor | None, tensors: Sequence[Tensor]) -> Passes | None:
+def _lora_passes(route: Route, x: Tensor, mask: Tensor | None) -> Passes | None:
     """The C++ kernels, where the shapes suit them: one rank, in 16s; features in 64s; no dropout."""
-    ranks = {a.shape[0] for a in tensors[0::2]}
-    suits = len(ranks) == 1 and max(ranks) % 16 == 0 and sum(a.shape[0] for a in tensors[0::2]) <= 64
-    features = [layer.in_features, *(b.shape[0] for b in tensors[1::2])]
+    ranks = [adapter.a.shape[0] for _, adapter in route.adapters]
+    suits = len(set(ranks)) == 1 and ranks[0] % 16 == 0 and sum(ranks) <= 64
+    features = [x.shape[1], *(adapter.b.shape[0] for _, adapter in route.adapters)]
     if mask is not None or not suits or any(f % 64 for f in features) or not x.is_contiguous():
         return None
     return passes_for(x)
 
 
-def _fused_parts(layer: FrozenLinear, tensors: Sequence[Tensor]) -> list[fused.Part]:
-    adapters = cast("list[tuple[str, Adapter]]", list(layer.adapters.items()))
+def _fused_parts(route: Route) -> list[fused.Part]:
     return [
-        fused.Part(a.data_ptr(), b.data_ptr(), layer.parts[int(index)].start, b.shape[0], adapter.scale)
-        for (index, adapter), a, b in zip(adapters, tensors[0::2], tensors[1::2], strict=True)
+        fused.Part(adapter.a.data_ptr(), adapter.b.data_ptr(), part.start, adapter.b.shape[0], adapter.scale)
+        for part, adapter in route.adapters
     ]
 
 
-def _parts(layer: FrozenLinear, tensors: Sequence[Tensor], low: Tensor) -> list[tuple[Part, Adapter, Tensor, Tensor]]:
-    """(part, adapter, B, its columns of ``low`` [T, r]) for each adapted part."""
-    found, column = [], 0
-    adapters = cast("list[tuple[str, Adapter]]", list(layer.adapters.items()))
-    for (index, adapter), a, b in zip(adapters, tensors[0::2], tensors[1::2], strict=True):
-        found.append((layer.parts[int(index)], adapter, b, low[:, column : column + a.shape[0]]))
-        column += a.shape[0]
-    return found
+def _parts(route: Route, low: Tensor) -> list[tuple[Part, Adapter, Tensor]]:
+    """(part, adapter, its columns of ``low`` [rows, r]) for each adapted part."""
+    widths = [adapter.a.shape[0] for _, adapter in route.adapters]
+    return [(*pair, columns) for pair, columns in zip(route.adapters, low.split(widths, dim=1), strict=True)]

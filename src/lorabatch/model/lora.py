@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorabatch.errors import DataError, UsageError, nearest
 from lorabatch.model.decoder import Decoder
-from lorabatch.model.linear import Adapter
+from lorabatch.model.linear import Adapter, FrozenLinear, Part
 from lorabatch.model.tensorfiles import write_safetensors
 from lorabatch.records import read_json, write_json
 
@@ -101,8 +101,14 @@ class AdapterSet:
     all-reduce each see one tensor.
     """
 
-    def __init__(self, settings: LoraSettings, pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        settings: LoraSettings,
+        pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
+        places: Mapping[FrozenLinear, Sequence[tuple[Part, Adapter]]] | None = None,
+    ) -> None:
         self.settings, self.pairs = settings, dict(pairs)
+        self.places = places or {}  # native decoder: the adapters of each layer that has some
         parameters = [p for pair in self.pairs.values() for p in pair]
         self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).to(torch.float32) for p in parameters]))
         self.grad = torch.zeros_like(self.flat.data)
@@ -138,6 +144,7 @@ def attach(decoder: Decoder, settings: LoraSettings, *, seed: int) -> AdapterSet
     chosen = set(select([part.path for _, _, part in parts], settings.target_modules))
     generator = torch.Generator().manual_seed(seed % 2**63)
     pairs = {}
+    places: dict[FrozenLinear, list[tuple[Part, Adapter]]] = {}
     for layer, index, part in parts:
         if part.path not in chosen:
             continue
@@ -148,7 +155,8 @@ def attach(decoder: Decoder, settings: LoraSettings, *, seed: int) -> AdapterSet
         layer.adapters[str(index)] = adapter
         layer.dropout = settings.dropout
         pairs[part.path] = (adapter.a, adapter.b)
-    return AdapterSet(settings, pairs)
+        places.setdefault(layer, []).append((part, adapter))
+    return AdapterSet(settings, pairs, places)
 
 
 def linear_shapes(decoder: Decoder) -> dict[str, tuple[int, int]]:

@@ -89,24 +89,34 @@ def _gpu_peak_bytes() -> int:
     return int(torch.cuda.max_memory_allocated())
 
 
-def print_summary(metrics: Mapping[str, Any], path: Path, root: str) -> None:
-    def shown(name: str, form: str, unit: str = "") -> str:
-        return "not measured" if metrics[name] is None else form.format(metrics[name]) + unit
+def _shown(metrics: Mapping[str, Any], name: str, form: str, unit: str = "") -> str:
+    return "not measured" if metrics[name] is None else form.format(metrics[name]) + unit
 
-    bits = (
-        f"{shown('bits_per_byte_before', '{:.4f}')} -> {shown('bits_per_byte', '{:.4f}')}"
-        if metrics["bits_per_byte"] is not None
-        else "not measured"
-    )
+
+def _bits(metrics: Mapping[str, Any]) -> str:
+    if metrics["bits_per_byte"] is None:
+        return "not measured"
+    return f"{_shown(metrics, 'bits_per_byte_before', '{:.4f}')} -> {_shown(metrics, 'bits_per_byte', '{:.4f}')}"
+
+
+def print_summary(metrics: Mapping[str, Any], path: Path, root: str) -> None:
     rows = [
         ("steps", f"{metrics['steps']} of {metrics['planned_steps']}"),
-        ("train loss", shown("loss", "{:.4f}")),
-        ("validation bits per byte", bits),
-        ("tokens/s", shown("tokens_per_s", "{:.0f}")),
-        ("median step", shown("median_step_ms", "{:.0f}", " ms")),
-        ("share of measured GEMM rate (4N)", shown("mfu", "{:.0%}")),
+        ("train loss", _shown(metrics, "loss", "{:.4f}")),
+        ("validation bits per byte", _bits(metrics)),
+        ("tokens/s", _shown(metrics, "tokens_per_s", "{:.0f}")),
+        ("median step", _shown(metrics, "median_step_ms", "{:.0f}", " ms")),
+        ("share of measured GEMM rate (4N)", _shown(metrics, "mfu", "{:.0%}")),
         ("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"),
     ]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
     print(f"{root} adapter: {path}")
+
+
+def summary_line(metrics: Mapping[str, Any], path: Path) -> str:
+    """The same for one of several runs."""
+    return (
+        f"{metrics['steps']} of {metrics['planned_steps']} steps, train loss {_shown(metrics, 'loss', '{:.4f}')}, "
+        f"validation bits per byte {_bits(metrics)}, adapter: {path}"
+    )

@@ -3,6 +3,9 @@
 A step is ``batch_size * grad_accum_steps`` documents. They are packed into blocks; each block adds
 the gradient of its loss *sum*; the sum is divided once by the supervised tokens of the whole step.
 So batch size, accumulation and packing do not change the gradient.
+
+A run is a generator, so that one or several can be driven over one model (``drive``): it asks for the gradient
+of some documents, makes its update, and goes on when all runs have made theirs.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import steps_per_epoch, training_steps
@@ -26,6 +30,56 @@ from lorabatch.train.schedule import learning_rate, warmup_steps
 from lorabatch.train.state import Learner, TrainState
 
 Sink = Callable[[Mapping[str, Any]], None]
+# Yields documents (sent: the sum of their losses, once their gradient is in the learner's buffer) until there is an update,
+# then None (sent: the seconds of the step).
+Steps = Generator[Sequence[TokenDocument] | None, float, Any]
+
+
+class Lane:
+    """A run on its way: what it asks for now, and what it returned at its end."""
+
+    def __init__(self, learner: Learner, steps: Steps) -> None:
+        self.learner, self._steps = learner, steps
+        self.documents: Sequence[TokenDocument] | None = None  # whose gradient it asks for; None: it has made its update
+        self.ended, self.result = False, None
+
+    def send(self, value: float | None) -> None:
+        try:
+            self.documents = self._steps.send(value)  # type: ignore[arg-type]  # None starts a generator
+        except StopIteration as stop:
+            self.documents, self.ended, self.result = None, True, stop.value
+
+
+Gradients = Callable[[Sequence[Lane]], Sequence[float]]  # fills the learners' buffers, returns the sums of the losses
+
+
+def drive(lanes: Sequence[Lane], gradients: Gradients) -> list[Any]:
+    """Take steps of all runs together until each has ended; their results."""
+    for lane in lanes:
+        lane.send(None)
+    while live := [lane for lane in lanes if not lane.ended]:
+        start = time.perf_counter()
+        _step(live, gradients)
+        seconds = time.perf_counter() - start
+        for lane in live:
+            if not lane.ended:
+                lane.send(seconds)
+    return [lane.result for lane in lanes]
+
+
+def _step(lanes: Sequence[Lane], gradients: Gradients) -> None:
+    """One update of each run; one whose gradient overflowed asks again."""
+    while asking := [lane for lane in lanes if lane.documents is not None]:
+        for lane, loss_sum in zip(asking, gradients(asking), strict=True):
+            lane.send(loss_sum)
+
+
+def train_step(
+    model: LossModel, learner: Learner, documents: Sequence[TokenDocument], config: TrainConfig, rate: float, ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """One optimiser step on its own; its record."""
+    (record,) = drive([Lane(learner, _update(learner, documents, config, rate))], alone(model, ranks))
+    return dict(record)
 
 
 def planned_steps(config: TrainConfig, num_documents: int) -> int:
@@ -33,7 +87,7 @@ def planned_steps(config: TrainConfig, num_documents: int) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def train_loop(
+def training(
     model: LossModel,
     learner: Learner,
     corpus: TokenCorpus,
@@ -46,10 +100,10 @@ def train_loop(
     on_boundary: Callable[[TrainState, bool], None] = lambda state, last: None,
     stop_requested: Callable[[], bool],
     ranks: Ranks = ALONE,
-) -> TrainState:
-    """Train until the plan is done, early stopping, a requested stop, or a non-finite loss (TrainingError).
+) -> Steps:
+    """Train until the plan is done, early stopping, a requested stop, or a non-finite loss (TrainingError); returns the state.
 
-    Goes on from where ``learner.state`` is. ``on_boundary(state, last)`` is called between steps, when
+    Goes on from where ``learner.state`` is. ``model`` is for evaluation. ``on_boundary(state, last)`` is called between steps, when
     everything that the state says has been done: the moment to save. What comes next depends only on the
     state there, so a run that goes on from it does what the uninterrupted run would have done.
     """
@@ -85,7 +139,7 @@ def train_loop(
         elif not at_end:
             on_boundary(state, False)
             rate = learning_rate(state.step, peak=config.lr, total_steps=state.total_steps, warmup=warmup, kind=config.scheduler)
-            record = train_step(model, learner, [corpus.documents[i] for i in indices], config, rate, ranks)
+            record = yield from _update(learner, [corpus.documents[i] for i in indices], config, rate)
             sink({"event": "step", **record, "epoch": epoch})
             on_step(state, record)
             continue
@@ -110,19 +164,16 @@ def _note_eval(learner: Learner, result: EvalResult) -> bool:
     return improved
 
 
-def train_step(
-    model: LossModel, learner: Learner, documents: Sequence[TokenDocument], config: TrainConfig, rate: float, ranks: Ranks
-) -> dict[str, Any]:
-    """One optimiser step. Raises TrainingError before the update if loss or gradient is not finite."""
-    start = time.perf_counter()
+def _update(learner: Learner, documents: Sequence[TokenDocument], config: TrainConfig, rate: float) -> Steps:
+    """One optimiser step; returns its record. Raises TrainingError before the update if loss or gradient is not finite."""
     state, adapters = learner.state, learner.adapters
     targets = sum(d.num_targets for d in documents)
     tokens = sum(d.num_tokens for d in documents)
-    mean_loss, norm = _gradient(model, learner, documents, config, targets, ranks)
+    mean_loss, norm = yield from _mean_gradient(learner, documents, targets)
     if config.max_grad_norm and norm > config.max_grad_norm:
         adapters.grad.mul_(config.max_grad_norm / norm)
     learner.update(rate)
-    seconds = time.perf_counter() - start
+    seconds = yield None
     state.step += 1
     state.tokens += tokens
     state.targets += targets
@@ -144,38 +195,14 @@ def train_step(
     }
 
 
-def _gradient(
-    model: LossModel, learner: Learner, documents: Sequence[TokenDocument], config: TrainConfig, targets: int, ranks: Ranks
-) -> tuple[float, float]:
-    """Fill ``adapters.grad`` with the step's mean gradient; returns the mean loss and the gradient's 2-norm, both finite.
-
-    documents and targets (their supervised tokens): of all ranks; each knows the whole plan and does its share.
-    """
-    state, grad, scaler = learner.state, learner.adapters.grad, learner.scaler
-    model.train()
+def _mean_gradient(learner: Learner, documents: Sequence[TokenDocument], targets: int) -> Steps:
+    """Leave the documents' mean gradient in the learner's buffer; returns the mean loss and the gradient's 2-norm, both finite."""
+    step, grad, scaler = learner.state.step + 1, learner.adapters.grad, learner.scaler
     while True:
-        # Dropout is a function of seed, step and rank.
-        torch.manual_seed((config.seed * 0x9E3779B97F4A7C15 + state.step + ranks.rank * 0xD1B54A32D192ED03) % 2**63)
-        scale = scaler.scale if scaler else 1.0
-        learner.adapters.zero_grad()
-        loss_sum = torch.zeros(())
-        try:
-            for token_ids, first_targets, counts in rank_blocks(documents, learner.block_tokens, ranks):
-                loss = model.loss_sum(token_ids, first_targets) * float(counts)
-                (loss * scale).backward()  # of the sum: dividing each token's share first would lose it in fp16
-                loss_sum = loss_sum + loss.detach().cpu()
-        except (RuntimeError, MemoryError) as error:
-            if ranks.even or not out_of_memory(error):
-                raise
-            learner.block_tokens = halved(learner.block_tokens, documents, error)
-            continue  # the same step again, in smaller blocks
-        if ranks.count > 1:
-            both = ranks.sum_(torch.cat([grad, loss_sum.to(grad).view(1)]))
-            grad.copy_(both[:-1])
-            loss_sum = both[-1]
+        scale = learner.scale
+        mean_loss = (yield documents) / targets
         grad.div_(targets * scale)
         norm = float(torch.linalg.vector_norm(grad))
-        mean_loss = float(loss_sum) / targets  # the step's host synchronisation
         if math.isfinite(mean_loss) and math.isfinite(norm):
             if scaler:
                 scaler.good()
@@ -183,7 +210,42 @@ def _gradient(
         if scaler is None or not math.isfinite(mean_loss):
             raise TrainingError(
                 f"loss {mean_loss} or gradient norm {norm} is not finite",
-                where=f"step {state.step + 1}",
+                where=f"step {step}",
                 fix="the adapter before this step is kept; lower --lr or use --dtype fp32",
             )
-        scaler.overflowed(state.step + 1)
+        scaler.overflowed(step)
+
+
+def alone(model: LossModel, ranks: Ranks = ALONE) -> Gradients:
+    """Gradients of a single run, of all its ranks: each knows the step's documents and does its share."""
+
+    def gradients(lanes: Sequence[Lane]) -> list[float]:
+        (lane,) = lanes
+        model.train()
+        while True:
+            torch.manual_seed(lane.learner.dropout_seed(ranks.rank))
+            lane.learner.adapters.zero_grad()
+            try:
+                loss_sum = _loss_sum(lane, model, ranks)
+            except (RuntimeError, MemoryError) as error:
+                if ranks.even or not out_of_memory(error):
+                    raise
+                lane.learner.block_tokens = halved(lane.learner.block_tokens, lane.documents or (), error)
+                continue  # the same step again, in smaller blocks
+            grad = lane.learner.adapters.grad
+            if ranks.count > 1:
+                both = ranks.sum_(torch.cat([grad, loss_sum.to(grad).view(1)]))
+                grad.copy_(both[:-1])
+                loss_sum = both[-1]
+            return [float(loss_sum)]  # the step's host synchronisation
+
+    return gradients
+
+
+def _loss_sum(lane: Lane, model: LossModel, ranks: Ranks) -> Tensor:
+    loss_sum = torch.zeros(())
+    for token_ids, first_targets, counts in rank_blocks(lane.documents or (), lane.learner.block_tokens, ranks):
+        loss = model.loss_sum(token_ids, first_targets) * float(counts)
+        (loss * lane.learner.scale).backward()  # of the sum: dividing each token's share first would lose it in fp16
+        loss_sum = loss_sum + loss.detach().cpu()
+    return loss_sum

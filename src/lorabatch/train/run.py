@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lorabatch import hub
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.readers import Document, read_documents
-from lorabatch.errors import DataError, InterruptedRun, LorabatchError, TrainingError, UnavailableError, UsageError
+from lorabatch.errors import InterruptedRun, LorabatchError, UnavailableError, UsageError
 from lorabatch.measure.environment import environment, gpu_description
-from lorabatch.measure.statistics import perplexity
 from lorabatch.measure.system import SystemSampler
 from lorabatch.progress import Progress
-from lorabatch.records import RunFolder, read_json, replacing, write_json
+from lorabatch.records import RunFolder, read_json
 from lorabatch.signals import Deadline, StopSignals
-from lorabatch.train.figures import data_line, data_record, metrics_record, print_summary
+from lorabatch.train.jobfile import check_shared, read_jobs
 
 
 @dataclass
@@ -40,13 +40,23 @@ class Phases:
 
 
 @dataclass(frozen=True)
+class _Plan:
+    """One run before anything is loaded. ``name`` is empty for a run on its own."""
+
+    name: str
+    config: TrainConfig
+    folder: Path
+    train_documents: list[Document]
+    val_documents: list[Document] | None
+
+
+@dataclass(frozen=True)
 class _Work:
     """What is known before anything is loaded."""
 
     config: TrainConfig
+    folder: Path
     source: hub.ModelSource
-    train_documents: list[Document]
-    val_documents: list[Document] | None
     signals: StopSignals
     deadline: Deadline
     ranks: Any  # Ranks; its module imports torch
@@ -66,57 +76,79 @@ def _checked(config: TrainConfig, command: list[str], signals: StopSignals) -> i
     """What is wrong with the input shows here, before anything is loaded."""
     hub.prepare_environment()
     deadline = Deadline.from_flag_and_slurm(config.time_limit)
-    train_documents = read_documents(Path(config.train_path), txt_format=config.txt_format, text_field=config.text_field)
-    val_documents = None
-    if config.val_path:
-        val_documents = read_documents(Path(config.val_path), txt_format=config.txt_format, text_field=config.text_field)
+    folder = Path(config.save_dir) if config.save_dir else default_save_dir(config.base_model)
+    plans = _plans(config, folder)
     source = hub.find_model(config.base_model)
-    save_dir = Path(config.save_dir) if config.save_dir else default_save_dir(config.base_model)
     with _joined(config) as ranks:
-        if ranks.from_first(ranks.is_first and _is_done(config, save_dir)):
-            print(f"{save_dir}: this run is complete; nothing to do")
+        left = ranks.from_first([not (ranks.is_first and _is_done(plan)) for plan in plans])
+        for plan, wanted in zip(plans, left, strict=True):
+            if not wanted:
+                print(f"{plan.folder}: this run is complete; nothing to do")
+        plans = [plan for plan, wanted in zip(plans, left, strict=True) if wanted]
+        work = _Work(config, folder, source, signals, deadline, ranks)
+        if not plans:
             return 0
-        work = _Work(config, source, train_documents, val_documents, signals, deadline, ranks)
         if ranks.is_first:
-            return _run_in(save_dir, config, command, work)
+            return _run_all(plans, command, work)
         # The other ranks do the same and keep nothing of it: one writer per run.
         with ExitStack() as silent:
-            scratch = silent.enter_context(tempfile.TemporaryDirectory())
+            scratch = Path(silent.enter_context(tempfile.TemporaryDirectory()))
             nowhere = silent.enter_context(Path(os.devnull).open("w"))
             silent.enter_context(redirect_stdout(nowhere))
             silent.enter_context(redirect_stderr(nowhere))
-            return _run_in(Path(scratch), config, command, work)
+            return _run_all([replace(plan, folder=scratch) for plan in plans], command, replace(work, folder=scratch))
 
 
-def _run_in(folder: Path, config: TrainConfig, command: list[str], work: _Work) -> int:
-    record = folder / "run.json"
-    earlier = record.read_bytes() if config.resume and record.exists() else None
-    run = RunFolder.create(
-        folder,
-        kind="train",
-        config=config.to_dict(),
-        command=command,
-        environment=environment(),
-        folder_flag="--save_dir",
-        overwrite=config.overwrite,
-        resume=config.resume is not None,
-    )
+def _plans(config: TrainConfig, folder: Path) -> list[_Plan]:
+    """The run, or those of ``--jobs``, with their documents; a file that several name is read once."""
+    configs = {"": config}
+    if config.jobs:
+        from lorabatch.train.ranks import find_place
+
+        check_shared(config, several_ranks=find_place(os.environ) is not None)
+        configs = read_jobs(Path(config.jobs), config, folder)
+    read = functools.cache(lambda path, txt_format, field: read_documents(Path(path), txt_format=txt_format, text_field=field))
+    return [
+        _Plan(
+            name,
+            c,
+            folder / name,
+            read(c.train_path, c.txt_format, c.text_field),
+            read(c.val_path, c.txt_format, c.text_field) if c.val_path else None,
+        )
+        for name, c in configs.items()
+    ]
+
+
+def _run_all(plans: list[_Plan], command: list[str], work: _Work) -> int:
+    flags: Any = {
+        "kind": "train",
+        "folder_flag": "--save_dir",
+        "overwrite": work.config.overwrite,
+        "resume": work.config.resume is not None,
+    }
+    for plan in plans:  # a refusal changes none of them
+        RunFolder.check(plan.folder, **flags)
+    here = environment()
+    runs: list[RunFolder] = []
     try:
-        reason = _train(run, work)
-        if reason == "interrupted":
-            cause = work.signals.received.name if work.signals.received else work.deadline.source
-            raise InterruptedRun(f"stopped by {cause} with everything saved", where=folder, fix="go on with --resume auto")
-        run.finish("completed")
-        return 0
+        for plan in plans:
+            runs.append(RunFolder.create(plan.folder, config=plan.config.to_dict(), command=command, environment=here, **flags))
+        errors = [error for error in _train(plans, runs, work) if error]
     except BaseException as error:
-        status = "interrupted" if isinstance(error, (InterruptedRun, KeyboardInterrupt)) else "failed"
-        with suppress(OSError, UnavailableError):  # a full disk must not hide what filled it
-            if earlier is not None and isinstance(error, (UsageError, DataError)):
-                with replacing(record) as file:  # a refusal changes nothing
-                    file.write(earlier)
-            else:
-                run.finish(status, error=str(error) if isinstance(error, LorabatchError) else repr(error))
+        for run in runs:
+            if run.record["status"] == "running":
+                run.end_with(error)
         raise
+    if not errors:
+        return 0
+    if not work.config.jobs:
+        raise errors[0]
+    stopped = next((error for error in errors if isinstance(error, InterruptedRun)), None)
+    if stopped:
+        raise InterruptedRun(stopped.what, where=work.folder, fix=stopped.fix)
+    failed = type(errors[0])
+    raise failed(f"{len(errors)} of {len(plans)} runs failed", where=work.folder, fix="their run.json says why; the others are complete")
 
 
 @contextmanager
@@ -128,50 +160,59 @@ def _joined(config: TrainConfig) -> Iterator[Any]:
         yield ranks
 
 
-def _is_done(config: TrainConfig, save_dir: Path) -> bool:
+def _is_done(plan: _Plan) -> bool:
     """Whether ``--resume auto`` finds the run that was asked for already complete."""
-    if config.resume != "auto" or config.overwrite or not (save_dir / "run.json").exists():
+    config, record_path = plan.config, plan.folder / "run.json"
+    if config.resume != "auto" or config.overwrite or not record_path.exists():
         return False
-    record = read_json(save_dir / "run.json")
+    record = read_json(record_path)
     earlier, now = record.get("config", {}), config.to_dict()
     same = (*config.fixed(), "base_model", "train_path", "val_path")
     return record.get("status") == "completed" and all(earlier.get(k) == now[k] for k in same)
 
 
-def _train(run: RunFolder, work: _Work) -> str:
-    """Load, train, save; returns why the loop ended."""
-    config, source, signals, deadline, ranks = work.config, work.source, work.signals, work.deadline, work.ranks
+def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[LorabatchError | None]:
+    """Load once, then train, save and record each run; what ended each early."""
+    config, source, ranks = work.config, work.source, work.ranks
     phases = Phases()
-    with SystemSampler(run.path / "system.jsonl") as sampler:
+    with SystemSampler(work.folder / "system.jsonl") as sampler:
         with phases.measured("import_s"):
             from lorabatch.model import load
             from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
-            from lorabatch.model.lora import LoraSettings
+            from lorabatch.model.spec import spec_from_config
             from lorabatch.train import checkpoint
-            from lorabatch.train.loop import planned_steps, train_loop
+            from lorabatch.train.job import Base, Job
+            from lorabatch.train.loop import Lane, alone, drive
             from lorabatch.train.planner import configure, plan
-            from lorabatch.train.saver import Identity, Saver
-            from lorabatch.train.state import Learner
-        found = ranks.from_first(checkpoint.find(config.resume, run.path) if config.resume and ranks.is_first else None)
+            from lorabatch.train.together import together
+        found = [
+            ranks.from_first(checkpoint.find(p.config.resume, run.path) if p.config.resume and ranks.is_first else None)
+            for p, run in zip(plans, runs, strict=True)
+        ]
         device = choose_device(no_cuda=config.no_cuda)
         threads = choose_threads(config.threads)
         # A timing decides "auto": once for all ranks, and a resumed run does not decide again.
-        asked = found.state["identity"]["content"]["dtype"] if found and config.dtype == "auto" else config.dtype
-        dtype = ranks.from_first(choose_dtype(asked, device))
+        decided = [f.state["identity"]["content"]["dtype"] for f in found if f]
+        dtype = ranks.from_first(choose_dtype(decided[0] if decided and config.dtype == "auto" else config.dtype, device))
         with phases.measured("tokenise_s"):
             tokenizer = load.load_tokenizer(source.path)
             model_config = load.load_config(source.path)
-            corpus, validation = _tokenise(config, model_config, tokenizer, work.train_documents, work.val_documents)
+            corpora = _tokenise(plans, model_config, tokenizer)
+        if config.jobs and spec_from_config(model_config) is None:
+            raise UnavailableError(
+                f"the native decoder does not know this kind of {model_config.model_type} model, and only it takes several adapters",
+                where="--jobs",
+                fix="train them one by one",
+            )
         with phases.measured("load_s"):
-            model = load.load_model(
+            model: Any = load.load_model(
                 source, model_config, backend=config.backend, dtype=dtype, device=device, product=_product(config, ranks)
             )
-            settings = LoraSettings(config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.target_modules)
+            base = Base(model, source, device, dtype, threads, ranks, work.signals, work.deadline, sampler, phases.seconds)
+            jobs = [Job(base, p.name, *rest) for p, *rest in zip(plans, runs, (p.config for p in plans), corpora, found, strict=True)]
             configure(model, config)
-            learner = Learner(model.attach(settings, seed=config.seed), config, fp16=TYPE_NAMES[dtype] == "fp16")
-            planned = plan(model, config, learner.adapters.num_params)
-            learner.block_tokens = planned[0] if planned else config.block_tokens
-        num_trainable = learner.adapters.num_params
+            largest = replace(config, lora_r=max(p.config.lora_r for p in plans), max_len=max(p.config.max_len for p in plans))
+            planned = plan(model, largest, sum(job.learner.adapters.num_params for job in jobs))
         machine = {
             "device": str(device),
             "dtype": TYPE_NAMES[dtype],
@@ -179,74 +220,26 @@ def _train(run: RunFolder, work: _Work) -> str:
             "backend": model.backend,
             "ranks": ranks.count,
             "gpu": gpu_description(),
-            "block_tokens": learner.block_tokens,
+            "block_tokens": planned[0] if planned else config.block_tokens,
             "planned_step_bytes": planned[1] if planned else None,
         }
-        size = {
-            "trainable_params": num_trainable,
-            "base_params": model.num_base_params,
-            "base_bytes": model.base_bytes,
-            "trainable_share": num_trainable / (num_trainable + model.num_base_params),
-        }
-        run.save(
-            model={"name": source.name, "revision": source.revision, "fingerprint": model.base_fingerprint, **size},
-            data=data_record(corpus, validation),
-            **machine,
-        )
+        trainable = sum(job.learner.adapters.num_params for job in jobs)
         print(
-            f"base {source.name} ({size['base_params'] / 1e6:.1f}M parameters in {size['base_bytes'] / 2**20:.1f} MiB, {machine['dtype']} on {device}, {threads} threads{f' x {ranks.count} ranks' if ranks.count > 1 else ''}); "
-            f"trainable {size['trainable_params']:,} ({100 * size['trainable_share']:.2f} %)"
+            f"base {source.name} ({model.num_base_params / 1e6:.1f}M parameters in {model.base_bytes / 2**20:.1f} MiB, {machine['dtype']} on {device}, {threads} threads{f' x {ranks.count} ranks' if ranks.count > 1 else ''}); "
+            f"trainable {trainable:,} ({100 * trainable / (trainable + model.num_base_params):.2f} %)"
+            + (f" in {len(jobs)} runs" if config.jobs else "")
         )
-        print(data_line(corpus, validation, config))
-        identity = Identity.of(config, corpus, validation, base=model.base_fingerprint or source.name, machine=machine)
-        saver = Saver(run, config, identity, learner, model, source.name, writes=ranks.is_first)
-        saver.resume(found)
-        first_step = learner.state.step
+        for job in jobs:
+            job.learner.block_tokens = machine["block_tokens"]
+            job.prepare(machine)
         ranks.wait_for_loading()
-        with run.jsonl("events.jsonl") as events, phases.measured("loop_s"):
-            saver.events = events
-            progress = Progress(planned_steps(config, len(corpus.documents)), unit="step", description="train", done=first_step)
-
-            def on_step(state: Any, record: Mapping[str, Any]) -> None:
-                progress.update(loss=f"{record['loss']:.3f}", tokens_per_s=f"{record['tokens_per_s']:.0f}")
-
-            def on_eval(state: Any, result: Any, improved: bool) -> None:
-                bits = "" if result.bits_per_byte is None else f", bits per byte {result.bits_per_byte:.4f}"
-                progress.note(
-                    f"step {state.step}: eval loss {result.loss:.4f}, perplexity {perplexity(result.loss) or float('inf'):.2f}{bits}{'  (best)' if improved else ''}"
-                )
-                if state.step:
-                    saver.save_adapter(best=improved)
-
-            try:
-                state = train_loop(
-                    model,
-                    learner,
-                    corpus,
-                    validation,
-                    config,
-                    sink=events.write,
-                    on_step=on_step,
-                    on_eval=on_eval,
-                    on_boundary=saver.at_boundary,
-                    stop_requested=lambda: bool(signals) or deadline.within(saver.needed_s()),
-                    ranks=ranks,
-                )
-            except TrainingError:  # the adapter is that of the last finished step: another learning rate, or all ranks, can go on
-                saver.at_boundary(learner.state, True)
-                saver.save_adapter(best=False)
-                raise
-            finally:
-                progress.close()
-                phases.seconds["save_s"] = saver.seconds
-        saver.save_adapter(best=False)
-    if state.reason == "interrupted" and not signals and state.step == first_step:
-        raise TrainingError("no step fits before it", where=deadline.source, fix="ask for more time")
-    metrics = metrics_record(state, model, size, phases.seconds, device, dtype) | saver.figures() | sampler.summary()
-    write_json(run.path / "metrics.json", metrics)
-    run.save(reason=state.reason, root_adapter=saver.root, best_step=state.best_step)
-    print_summary(metrics, run.path, saver.root)
-    return str(state.reason)
+        steps, done = (sum(n) for n in zip(*((job.planned_steps, job.learner.state.step) for job in jobs), strict=True))
+        base.progress = Progress(steps, unit="step", description="train", done=done)
+        gradients = together(model, {job.learner: job.terms for job in jobs}) if config.jobs else alone(model, ranks)
+        try:
+            return drive([Lane(job.learner, job.steps()) for job in jobs], gradients)
+        finally:
+            base.progress.close()
 
 
 def _product(config: TrainConfig, ranks: Any) -> Any:
@@ -268,16 +261,26 @@ def _product(config: TrainConfig, ranks: Any) -> Any:
     return None
 
 
-def _tokenise(
-    config: TrainConfig, model_config: Any, tokenizer: Any, train_documents: list[Document], val_documents: list[Document] | None
-) -> tuple[Any, Any]:
-    from lorabatch.corpus.tokens import tokenise
+def _tokenise(plans: list[_Plan], model_config: Any, tokenizer: Any) -> list[tuple[Any, Any]]:
+    """(training, validation or None) of each run; what several runs have in common is tokenised once."""
+    from lorabatch.corpus.tokens import TokenCorpus, tokenise
 
-    limit = getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None) or config.max_len
-    max_len = min(config.max_len, limit)
-    corpus = tokenise(train_documents[: config.max_train_documents], tokenizer, max_len=max_len, train_on_prompt=config.train_on_prompt)
-    if val_documents is None:
-        return corpus, None
-    return corpus, tokenise(
-        val_documents[: config.max_val_documents], tokenizer, max_len=max_len, train_on_prompt=config.train_on_prompt, count_bytes=True
-    )
+    limit = getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None)
+    kept: dict[Any, TokenCorpus] = {}
+
+    def tokens_of(documents: list[Document], most: int | None, config: TrainConfig, *, count_bytes: bool) -> TokenCorpus:
+        max_len = min(config.max_len, limit or config.max_len)
+        key = (id(documents), most, max_len, config.train_on_prompt, count_bytes)
+        if key not in kept:
+            kept[key] = tokenise(
+                documents[:most], tokenizer, max_len=max_len, train_on_prompt=config.train_on_prompt, count_bytes=count_bytes
+            )
+        return kept[key]
+
+    return [
+        (
+            tokens_of(p.train_documents, p.config.max_train_documents, p.config, count_bytes=False),
+            tokens_of(p.val_documents, p.config.max_val_documents, p.config, count_bytes=True) if p.val_documents is not None else None,
+        )
+        for p in plans
+    ]

@@ -48,7 +48,7 @@ class Learner:
     """Adapters, their optimiser, the loss scale and the counters: what a step changes and a checkpoint holds."""
 
     def __init__(self, adapters: AdapterSet, config: TrainConfig, *, fp16: bool = False) -> None:
-        self.adapters = adapters
+        self.adapters, self._seed = adapters, config.seed
         self.state = TrainState()
         self.scaler = LossScaler() if fp16 else None
         self.optimizer = torch.optim.AdamW(
@@ -69,6 +69,15 @@ class Learner:
                 for p, r in zip(pair, (1.0, config.lora_plus_ratio), strict=True)
             ]
             self._speed = torch.cat(each).to(adapters.flat.device)
+
+    @property
+    def scale(self) -> float:
+        """The factor on the loss."""
+        return self.scaler.scale if self.scaler else 1.0
+
+    def dropout_seed(self, rank: int = 0) -> int:
+        """Dropout is a function of seed, step and rank."""
+        return (self._seed * 0x9E3779B97F4A7C15 + self.state.step + rank * 0xD1B54A32D192ED03) % 2**63
 
     def update(self, rate: float) -> None:
         """One step of AdamW at this learning rate. It is proportional to the rate, so LoRA+ scales what it changed."""

@@ -1,0 +1,80 @@
+"""The file of ``lorabatch train --jobs``: one run a line, as a name and the settings in which it differs from the flags.
+
+{"name": "small", "lora_r": 8, "lr": 1e-4}
+{"name": "large", "lora_r": 32, "train_path": "other.jsonl", "max_steps": 500}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorabatch.config import TrainConfig
+from lorabatch.errors import DataError, UsageError
+from lorabatch.records import RUN_FILES
+from lorabatch.settings import typed_values
+
+# Of the process and its one base, or of all folders at once.
+SHARED = (
+    *("base_model", "dtype", "load_in_4bit", "load_in_8bit", "backend", "no_cuda", "threads", "block_tokens", "checkpointing"),
+    *("jobs", "save_dir", "overwrite", "resume", "resume_anyway", "time_limit", "shard_base", "rank_timeout"),
+)
+
+
+def read_jobs(path: Path, config: TrainConfig, save_dir: Path) -> dict[str, TrainConfig]:
+    """Name -> settings of each run, in the file's order. UsageError or DataError that names the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read ({error})", where=f"--jobs {path}", fix="give a .jsonl file") from None
+    jobs: dict[str, TrainConfig] = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"not valid JSON ({error})", where=where, fix="one JSON object a line") from None
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            raise DataError("no 'name'", where=where, fix='write {"name": "a", ...}: its folder under --save_dir')
+        name = values.pop("name")
+        if not re.fullmatch(r"[\w][\w.+=-]*", name) or name in RUN_FILES:
+            raise DataError(f"'{name}' cannot be a folder's name", where=where, fix="use letters, digits, . _ + = and -")
+        if name in jobs:
+            raise DataError(f"the name '{name}' occurs twice", where=where, fix="give each run a name of its own")
+        jobs[name] = _settings(values, replace(config, jobs=None, save_dir=str(save_dir / name)), where)
+    if not jobs:
+        raise DataError("no runs in it", where=path, fix="write one JSON object a line")
+    return jobs
+
+
+def _settings(values: Mapping[str, Any], config: TrainConfig, where: str) -> TrainConfig:
+    for key in values:
+        if key in SHARED:
+            raise UsageError(f"'{key}' is the same for all runs", where=where, fix=f"give it as --{key}")
+    given = typed_values(TrainConfig, values, where)
+    try:
+        changed = replace(config, **given)
+    except UsageError as error:  # out of bounds: it names the flag
+        raise UsageError(error.what, where=f"{where}: {error.where}", fix=error.fix) from None
+    if changed.checkpointing == "full" and changed.lora_dropout:
+        raise UsageError("--lora_dropout and --checkpointing full do not go together here", where=where, fix="leave one of them out")
+    return changed
+
+
+def check_shared(config: TrainConfig, *, several_ranks: bool) -> None:
+    """UsageError for what cannot be together with ``--jobs``."""
+    for refused, flag, why in (
+        (several_ranks, "several ranks", "the runs share one process"),
+        (config.backend == "hf", "--backend hf", "only the native decoder gives each row its own adapter"),
+        (config.shard_base, "--shard_base", "the runs share one process"),
+        (config.resume not in (None, "auto"), f"--resume {config.resume}", "each run goes on from its own folder"),
+    ):
+        if refused:
+            fix = "use --resume auto" if config.resume not in (None, "auto") else "leave it out, or train them one by one"
+            raise UsageError(f"not together with --jobs: {why}", where=flag, fix=fix)
