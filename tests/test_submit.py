@@ -7,7 +7,7 @@ import pytest
 
 from lorabatch import slurm
 from lorabatch.cli import main
-from lorabatch.cluster import sites, submit
+from lorabatch.cluster import sites
 from lorabatch.cluster.sites import load_site
 from lorabatch.config import SubmitConfig
 
@@ -100,13 +100,17 @@ def test_status_counts_states_and_fails_when_a_job_did(tmp_path, monkeypatch, ca
     (tmp_path / "infer/shards/0000").mkdir(parents=True)
     (tmp_path / "infer/shards/0000/DONE.json").write_text("{}")
     (tmp_path / "infer/shards/0001").mkdir()
-    answers = {"--jobs=7": "COMPLETED\n", "--jobs=8": "COMPLETED\nRUNNING\nRUNNING\n"}
-    monkeypatch.setattr(slurm, "ask", lambda *words: answers[next(w for w in words if w.startswith("--jobs"))])
+    answers = {
+        ("sacct", "--jobs=7"): "7 COMPLETED\n",
+        ("sacct", "--jobs=8"): "8_0 COMPLETED\n8_1 PENDING\n8_[2-3%2] PENDING\n",  # behind the queue
+        ("squeue", "--jobs=8"): "8_1 RUNNING\n8_2 RUNNING\n8_3 PENDING\n",
+    }
+    monkeypatch.setattr(slurm, "ask", lambda *words: answers.get((words[0], next(w for w in words if w.startswith("--jobs")))))
     assert main(["status", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "train   job 7: COMPLETED",
-        "infer   job 8: 1 COMPLETED, 2 RUNNING; 1 of 2 begun shards done",
+        "infer   job 8: 1 COMPLETED, 2 RUNNING, 1 PENDING; 1 of 2 begun shards done",
     ]
-    answers["--jobs=8"] = "CANCELLED by 0\n"
+    answers["sacct", "--jobs=8"], answers["squeue", "--jobs=8"] = "8_0 COMPLETED\n8_1 CANCELLED by 0\n8_[2-3%2] CANCELLED by 0\n", None
     assert main(["status", str(tmp_path)]) == 70
-    assert submit.ask_rows("sacct", "--jobs=8") == ["CANCELLED"]
+    assert "1 COMPLETED, 2 CANCELLED" in capsys.readouterr().out

@@ -78,12 +78,11 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
     """The plan on disk, made if there is none. UsageError if it is of other work."""
     num_prompts = 1 + max(request.index for request in prompts)
     shards = min(config.shards or 1, num_prompts)
-    adapter = Path(config.adapter_dir or "") / "adapter_model.safetensors"
     config_kept = {k: v for k, v in config.to_dict().items() if k not in FREE}
     plan = {
         "schema_version": 1,
         "prompts_sha256": hub.file_sha256(Path(config.prompts)),
-        "adapter_sha256": hub.file_sha256(adapter) if adapter.exists() else None,
+        "adapters_sha256": {name: _weights_sha256(folder) for name, folder in _adapter_folders(config, prompts).items()},
         "bounds": [i * num_prompts // shards for i in range(shards + 1)],
         "config": config_kept,
     }
@@ -105,6 +104,17 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
         differing = sorted(k for k in now if k != "config" and was.get(k) != now[k])
         raise UsageError(f"holds other work ({', '.join(differing)} differ)", where=path, fix="choose another --output_dir")
     return plan
+
+
+def _adapter_folders(config: InferConfig, prompts: PromptFile) -> dict[str, Path]:
+    alone = {"--adapter_dir": Path(config.adapter_dir)} if config.adapter_dir else {}
+    return alone | prompts.adapters.folders
+
+
+def _weights_sha256(folder: Path) -> str | None:
+    """None where there is no such file: the process that loads the adapter says what is wrong."""
+    weights = folder / "adapter_model.safetensors"
+    return hub.file_sha256(weights) if weights.exists() else None
 
 
 class _Shard:

@@ -177,13 +177,17 @@ def status(run_dir: Path) -> int:
 
 
 def _states(job: str) -> Counter[str]:
-    rows = ask_rows("sacct", "-X", "--noheader", "--parsable2", f"--jobs={job}", "--format=State")
-    return Counter(rows or ask_rows("squeue", "--noheader", f"--jobs={job}", "--format=%T", "--array"))
+    """Of the job, or of every task of an array. The queue knows what goes on now, the accounting (seconds behind) what is over."""
+    over = _rows("sacct", "-X", "--noheader", "--parsable2", "--delimiter= ", f"--jobs={job}", "--format=JobID,State")
+    now = _rows("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%i %T")
+    waiting = "["  # the accounting's line for all tasks that have not begun
+    return Counter(({task: state for task, state in over.items() if not (now and waiting in task)} | now).values())
 
 
-def ask_rows(*words: str) -> list[str]:
-    """First words of the lines of an answer ("CANCELLED by 0" -> "CANCELLED")."""
-    return [line.split()[0] for line in (slurm.ask(*words) or "").splitlines() if line.strip()]
+def _rows(*words: str) -> dict[str, str]:
+    """First two words of the lines of an answer ("8_1 CANCELLED by 0" -> {"8_1": "CANCELLED"})."""
+    lines = [line.split() for line in (slurm.ask(*words) or "").splitlines() if line.strip()]
+    return {job: state for job, state, *_ in lines}
 
 
 def _progress(run_dir: Path, name: str) -> str:
