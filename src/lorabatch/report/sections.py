@@ -206,7 +206,7 @@ def _sweeps(words: Words, benches: Sequence[Bench]) -> list[Section]:
         machine = f"{environment.get('host')}, {(bench.record.get('gpu') or {}).get('name') or environment.get('cpu')}"
         plots = figures_measure.sweep_plots(words, bench, number)
         where = words("sweep_where", run=bench.label, kind=bench.record["kind"], machine=machine)
-        blocks += [Paragraph(where), *plots, tables.sweep(words, bench)]
+        blocks += [Paragraph(where), *plots, *tables.sweep(words, bench)]
         if bench.record.get("weak_serial_share") is not None:
             shares = {law: words.quantity(bench.record.get(key), "share") for law, key in LAWS.items()}
             blocks.append(Paragraph(words("sweep_laws", **shares)))

@@ -283,32 +283,42 @@ def inference_phases(words: Words, runs: Sequence[InferRun]) -> Table:
     return Table([words("phase_infer"), *(run.label for run in runs)], run_table(words, runs, rows).rows)
 
 
-def sweep(words: Words, bench: Bench) -> Table:
-    """Medians with their intervals; for threads what Karp and Flatt make of them, and the same for work that grows with the threads."""
+def sweep(words: Words, bench: Bench) -> list[Table]:
+    """Medians with their intervals; for threads what Karp and Flatt make of them, and a table of work that grows with the threads."""
 
-    def interval(estimate: dict[str, Any]) -> str:
-        low, high = estimate.get("low"), estimate.get("high")
-        return words("not_applicable") if low is None or high is None else f"{words.number(low)} … {words.number(high)}"
+    def table(metric: str, head: str, last: Callable[[dict[str, Any]], list[Cell]], *heads: str) -> Table:
+        first = bench.points[0][metric]["median"]
+        rows: list[list[Cell]] = []
+        for point in bench.points:
+            rate, low, high = point[metric]["median"], point[metric].get("low"), point[metric].get("high")
+            interval = words("not_applicable") if low is None or high is None else f"{words.number(low)} … {words.number(high)}"
+            times = words("not_applicable") if rate is None or not first else words.number(rate / first)
+            rows.append([words.number(point[bench.sweep]), words.quantity(rate, "tokens/s"), interval, times, *last(point)])
+        return Table([words(f"level_{bench.sweep}"), words(head), words("sweep_interval"), words("sweep_speedup"), *heads], rows)
 
-    first = bench.points[0]["tokens_per_s"]["median"]
     serial = bench.record.get("karp_flatt") or {}
-    head = [words(f"level_{bench.sweep}"), words("sweep_rate"), words("sweep_interval"), words("sweep_speedup")]
-    extra = words("sweep_karp_flatt") if bench.sweep == "threads" else words("sweep_latency")
-    rows: list[list[Cell]] = []
-    for point in bench.points:
-        rate, level = point["tokens_per_s"], point[bench.sweep]
-        latency = (point.get("batch_latency_ms") or {}).get("median")
-        last = words.quantity(serial.get(str(level)), "share") if bench.sweep == "threads" else words.quantity(latency, "ms")
-        times = words("not_applicable") if rate["median"] is None or not first else words.number(rate["median"] / first)
-        rows.append([words.number(level), words.quantity(rate["median"], "tokens/s"), interval(rate), times, last])
-    weak = [rate for point in bench.points if (rate := point.get("weak_tokens_per_s"))]
-    if len(weak) == len(rows):
-        extra_heads = [words(key) for key in ("sweep_weak_rate", "sweep_interval", "sweep_speedup")]
-        for row, rate in zip(rows, weak, strict=True):
-            base = weak[0]["median"]
-            row += [words.quantity(rate["median"], "tokens/s"), interval(rate), words.number(rate["median"] / base if base else None)]
-        return Table([*head, extra, *extra_heads], rows)
-    return Table([*head, extra], rows)
+    if bench.sweep == "batch_size":
+        return [
+            table(
+                "tokens_per_s",
+                "sweep_rate",
+                lambda p: [words.quantity(_median(p, "batch_latency_ms", "step_ms"), "ms")],
+                words("sweep_latency"),
+            )
+        ]
+
+    def karp_flatt(point: dict[str, Any]) -> list[Cell]:
+        level = point[bench.sweep]
+        return [words("not_applicable") if level == 1 else words.quantity(serial.get(str(level)), "share")]
+
+    tables = [table("tokens_per_s", "sweep_rate", karp_flatt, words("sweep_karp_flatt"))]
+    grown = all(point.get("weak_tokens_per_s") for point in bench.points)
+    return [*tables, table("weak_tokens_per_s", "sweep_weak_rate", lambda p: [])] if grown else tables
+
+
+def _median(point: dict[str, Any], *metrics: str) -> float | None:
+    """Of the first metric that the point has."""
+    return next((point[name]["median"] for name in metrics if point.get(name)), None)
 
 
 def failures(words: Words, failed: Sequence[tuple[str, str, str]]) -> Table:

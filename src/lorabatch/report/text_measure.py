@@ -80,15 +80,15 @@ MEASURE: dict[str, tuple[str, str]] = {
     "sweep_interval": ("Interval of the median", "Intervalo da mediana"),
     "sweep_speedup": ("Times the first row", "Vezes a primeira linha"),
     "sweep_karp_flatt": ("Serial share (Karp-Flatt)", "Fração serial (Karp-Flatt)"),
-    "sweep_weak_rate": ("Median throughput, work × threads", "Vazão mediana, trabalho × threads"),
+    "sweep_weak_rate": ("Median throughput, work growing with the threads", "Vazão mediana, trabalho que cresce com as threads"),
     "sweep_laws": (
-        "Left, the same work for every number of threads (strong scaling): {strong} of it is serial by Amdahl's law. Right, work that grows "
+        "First table: the same work for every number of threads (strong scaling): {strong} of it is serial by Amdahl's law. Second table: work that grows "
         "with the threads (weak scaling): {weak} is serial by Gustafson's law.",
-        "À esquerda, o mesmo trabalho para todo número de threads (escalabilidade forte): {strong} dele é serial pela lei de Amdahl. À "
-        "direita, trabalho que cresce com as threads (escalabilidade fraca): {weak} é serial pela lei de Gustafson.",
+        "Primeira tabela: o mesmo trabalho para todo número de threads (escalabilidade forte): {strong} dele é serial pela lei de Amdahl. Segunda "
+        "tabela: trabalho que cresce com as threads (escalabilidade fraca): {weak} é serial pela lei de Gustafson.",
     ),
     "axis_weak": ("work × threads", "trabalho × threads"),
-    "sweep_latency": ("Time per batch, median", "Tempo por lote, mediana"),
+    "sweep_latency": ("Time per batch or step, median", "Tempo por lote ou passo, mediana"),
     "fig_sweep": (
         "Throughput by level, with intervals of the median; dotted: proportional growth from the first level; vertical line: the knee.",
         "Vazão por nível, com intervalos da mediana; pontilhado: crescimento proporcional a partir do primeiro nível; linha vertical: o joelho.",
