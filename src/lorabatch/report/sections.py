@@ -188,11 +188,11 @@ def _efficiency(words: Words, trained: Sequence[TrainRun], inferred: Sequence[In
     timed = [tables.phases(words, trained)] if trained else []
     timed += [tables.inference_phases(words, inferred)] if inferred else []
     note = Paragraph(words("co2e_note", factor=words.number(grid_g_per_kwh)))
-    reasons: dict[str, dict[str, None]] = {}  # the same for most runs and figures: said once
+    reasons: dict[str, list[str]] = {}  # most runs lack the same figures for the same reasons: said once
     for run in runs:
-        for reason in ((run.metrics or {}).get("missing") or {}).values():
-            reasons.setdefault(reason, {})[run.label] = None
-    missing = [Paragraph(words("missing", runs=", ".join(labels), reasons=reason)) for reason, labels in reasons.items()]
+        if lacking := (run.metrics or {}).get("missing"):
+            reasons.setdefault("; ".join(dict.fromkeys(lacking.values())), []).append(run.label)
+    missing = [Paragraph(words("missing", runs=", ".join(labels), reasons=text)) for text, labels in reasons.items()]
     drawn = [*figures_measure.roofline_plots(words, runs), *figures.system_plots(words, runs)]
     return [*timed, *drawn[:1], tables.efficiency(words, runs, grid_g_per_kwh=grid_g_per_kwh), note, *missing, *drawn[1:]]
 
