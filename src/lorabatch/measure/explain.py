@@ -100,6 +100,8 @@ def _ceiling(facts: Facts) -> list[str]:
     reached, peak = facts.metrics.get(share), facts.metrics.get(ceiling)
     if reached is None or not peak:
         return []
+    if facts.kind == "train" and facts.metrics.get("train_s"):  # the record is of all steps, the first ones too, which are slow
+        reached *= facts.metrics["train_s"] / facts.metrics["steps"] / (facts.work_s / facts.calls["step"])
     return [f"{what}: {reached * peak / 1e9:.1f} of {peak / 1e9:.1f} {unit} measured on this machine ({reached:.0%})"]
 
 
