@@ -43,7 +43,7 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
         "save": ("lorabatch.train.saver:Saver.save_adapter", "lorabatch.train.checkpoint:write"),
     },
     "infer": {
-        "load": ("lorabatch.model.load:load_model",),
+        "load": ("lorabatch.infer.runner:load_model",),
         "tokenise": ("lorabatch.infer.feed:prepare",),
         STEP: ("lorabatch.infer.engine:Engine._step",),
         FORWARD: tuple(
