@@ -5,7 +5,7 @@ import torch
 from helpers import native, random_ids, randomise_b, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorabatch.measure.roofline import decode_bytes, decode_flops, training_flops
+from lorabatch.measure.roofline import decode_bytes, decode_flops, element_bytes, training_flops
 from lorabatch.model.lora import LoraSettings
 from lorabatch.model.spec import spec_from_config
 
@@ -90,8 +90,12 @@ def test_matmul_parameters_of_the_published_models():
 def test_decode_bytes():
     spec = spec_from_config(published_config("smollm2"))
     assert spec.kv_elements_per_token == 2 * 30 * 3 * 64
-    assert decode_bytes(spec, steps=3, kv_tokens=0, element_bytes=2) == 2 * 3 * spec.num_matmul_params
-    assert decode_bytes(spec, steps=0, kv_tokens=7, element_bytes=4) == 4 * 7 * 2 * 30 * 3 * 64
+    assert decode_bytes(spec, steps=3, kv_tokens=0, element_bytes=(2, 4)) == 2 * 3 * spec.num_matmul_params
+    assert decode_bytes(spec, steps=0, kv_tokens=7, element_bytes=(2, 4)) == 4 * 7 * 2 * 30 * 3 * 64
+
+
+def test_int8_weights_are_one_byte_and_the_cache_stays_as_it_is():
+    assert element_bytes("int8", 2) == (1, 2) and element_bytes("none", 4) == (4, 4)
 
 
 def test_decode_flops():

@@ -17,7 +17,7 @@ from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.infer.runner import load_for_runner, make_runner
 from lorabatch.measure.bench import Bench, Measure
 from lorabatch.measure.machine import CPU_ROWS, CPU_SHAPES, gemm_rates, measured_bytes_per_s, measured_flops_per_s
-from lorabatch.measure.roofline import decode_bytes
+from lorabatch.measure.roofline import decode_bytes, element_bytes
 from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES
 from lorabatch.model.native import NativeModel
@@ -36,12 +36,13 @@ def run_bench_infer(config: BenchInferConfig, command: list[str]) -> int:
     if config.input_tokens + config.max_new_tokens > model.max_positions:
         raise UsageError(f"the model has {model.max_positions} positions", where="--input_tokens", fix="give fewer tokens")
     points = bench.points(_one_batch(model, tokenizer, config, most=bench.sizes[-1]))
-    element_bytes = 1 if config.quantize == "int8" else dtype.itemsize, dtype.itemsize
     for point in points:
         torch.set_num_threads(point.get("threads", bench.threads))
         rates = _flops_per_s(config, dtype, device), measured_bytes_per_s(device)
         size = point.get("batch_size", config.batch_sizes[0])
-        least_s, bound = ceiling_seconds(model.spec, size, config.input_tokens, config.max_new_tokens, rates, element_bytes)
+        least_s, bound = ceiling_seconds(
+            model.spec, size, config.input_tokens, config.max_new_tokens, rates, element_bytes(config.quantize, dtype.itemsize)
+        )
         ceiling = size * config.max_new_tokens / least_s
         point |= {"ceiling_tokens_per_s": ceiling, "share_of_ceiling": (point["tokens_per_s"]["median"] or 0) / ceiling, "bound": bound}
     torch.set_num_threads(bench.threads)
@@ -99,10 +100,10 @@ def ceiling_seconds(
     """
     flops_per_s, bytes_per_s = rates
     head = spec.hidden_size * spec.vocab_size
-    weight_s = decode_bytes(spec, steps=1, kv_tokens=0, element_bytes=element_bytes[0]) / bytes_per_s
+    weight_s = decode_bytes(spec, steps=1, kv_tokens=0, element_bytes=element_bytes) / bytes_per_s
     prefill_flops = 2.0 * size * ((spec.num_matmul_params - head) * input_tokens + head)
     steps = new_tokens - 1
     kv_tokens = size * sum(input_tokens + i for i in range(steps))
     compute_s = steps * 2.0 * size * spec.num_matmul_params / flops_per_s
-    memory_s = steps * weight_s + decode_bytes(spec, steps=0, kv_tokens=kv_tokens, element_bytes=element_bytes[1]) / bytes_per_s
+    memory_s = decode_bytes(spec, steps=steps, kv_tokens=kv_tokens, element_bytes=element_bytes) / bytes_per_s
     return max(prefill_flops / flops_per_s, weight_s) + max(compute_s, memory_s), "compute" if compute_s > memory_s else "memory"

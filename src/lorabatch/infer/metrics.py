@@ -63,7 +63,9 @@ def summary(name: str, arrays: Sequence[array[float]], *, scale: float = 1.0) ->
     return {n: None if v is None else v * scale for n, v in zip(names, figures, strict=True)}
 
 
-def metrics(passes: Sequence[Pass], model: Model, startup_s: Mapping[str, float], *, failed: int, num_slots: int) -> dict[str, Any]:
+def metrics(
+    passes: Sequence[Pass], model: Model, startup_s: Mapping[str, float], *, failed: int, num_slots: int, quantize: str
+) -> dict[str, Any]:
     """``metrics.json``: counts and times are sums over all measured repetitions, latencies are pooled.
 
     ``startup_s``: seconds of each phase before the first request could run.
@@ -110,22 +112,22 @@ def metrics(passes: Sequence[Pass], model: Model, startup_s: Mapping[str, float]
         "guessed_tokens": total("guessed_tokens"),
         "accepted_tokens": total("accepted_tokens"),
         "pass_tokens_per_s": [rate(x.output_tokens, s.duration_s) for s, x in passes],
-        **_ceilings(stats, model),
+        **_ceilings(stats, model, quantize),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_memory_bytes(),
     }
 
 
-def _ceilings(stats: Sequence[PassStats], model: Model) -> dict[str, float | None]:
+def _ceilings(stats: Sequence[PassStats], model: Model, quantize: str) -> dict[str, float | None]:
     """Bytes and FLOPs that decoding asked for, and what memory and arithmetic could have delivered in that time."""
     seconds = sum(s.decode_s for s in stats)
     if not isinstance(model, NativeModel) or not seconds:
         return dict.fromkeys(("mbu", "decode_flops_per_s", "measured_bytes_per_s", "measured_flops_per_s"))
     from lorabatch.measure.machine import measured_bytes_per_s, measured_flops_per_s
-    from lorabatch.measure.roofline import decode_bytes, decode_flops
+    from lorabatch.measure.roofline import decode_bytes, decode_flops, element_bytes
 
     kv_tokens, dtype, device = sum(s.decode_kv_tokens for s in stats), model.decoder.dtype, model.decoder.device
     steps, tokens = (sum(getattr(s, name) for s in stats) for name in ("decode_steps", "decode_tokens"))
-    needed = decode_bytes(model.spec, steps=steps, kv_tokens=kv_tokens, element_bytes=dtype.itemsize)
+    needed = decode_bytes(model.spec, steps=steps, kv_tokens=kv_tokens, element_bytes=element_bytes(quantize, dtype.itemsize))
     bandwidth = measured_bytes_per_s(device)
     return {
         "mbu": needed / seconds / bandwidth,

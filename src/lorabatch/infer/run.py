@@ -203,7 +203,9 @@ def _infer(
         sink.sort_file(completions)
     if config.output_format == "openai":
         sink.write_openai_file(run.path / "batch_output.jsonl", completions, model=source.name, created=int(time.time()))
-    figures = metrics.metrics(passes, loaded.model, phases.seconds, failed=work.failed, num_slots=session.num_slots)
+    figures = metrics.metrics(
+        passes, loaded.model, phases.seconds, failed=work.failed, num_slots=session.num_slots, quantize=config.quantize
+    )
     write_json(run.path / "metrics.json", figures | sampler.summary())
     metrics.print_table(figures, run.path, failed=work.failed, total=len(prompts))
     return work.failed, len(prompts)

@@ -21,9 +21,15 @@ def training_flops(spec: ModelSpec, *, tokens: int, targets: int, squared_length
     return 4.0 * body * tokens + 4.0 * head * targets + 6.0 * lora_params * tokens + attention
 
 
-def decode_bytes(spec: ModelSpec, *, steps: int, kv_tokens: int, element_bytes: int) -> float:
-    """Bytes that decoding must read: all matrix weights once a step, and the cached keys and values."""
-    return float(element_bytes) * (steps * spec.num_matmul_params + kv_tokens * spec.kv_elements_per_token)
+def element_bytes(quantize: str, dtype_bytes: int) -> tuple[int, int]:
+    """Of a weight, and of a cached key or value, which stays in the model's type."""
+    return 1 if quantize == "int8" else dtype_bytes, dtype_bytes
+
+
+def decode_bytes(spec: ModelSpec, *, steps: int, kv_tokens: int, element_bytes: tuple[int, int]) -> float:
+    """Bytes that decoding must read: all matrix weights once a step, and the cached keys and values. element_bytes: of the two."""
+    weight, kept = element_bytes
+    return float(weight * steps * spec.num_matmul_params + kept * kv_tokens * spec.kv_elements_per_token)
 
 
 def decode_flops(spec: ModelSpec, *, tokens: int, kv_tokens: int) -> float:
