@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lorabatch.cli import main
 from lorabatch.config import BenchTrainConfig
-from lorabatch.measure.bench import Bench
+from lorabatch.measure.bench import Bench, table
 from lorabatch.measure.scaling import (
     alternating,
     bench_record,
@@ -145,6 +145,20 @@ def test_threads_are_swept_over_fixed_and_over_growing_work(kind, tiny_llama_dir
     assert 0 <= record["serial_share"] <= 1 and 0 <= record["weak_serial_share"] <= 1
     assert "weak tokens/s" in text and "(Amdahl)" in text and "(Gustafson)" in text
     assert ("bound by" in text) == (kind == "infer")
+
+
+def test_a_rate_above_the_ceiling_is_said_to_be_one():
+    def said(share):
+        point = {
+            "batch_size": 1,
+            "tokens_per_s": estimate([2.0]),
+            "ceiling_tokens_per_s": 2 / share,
+            "share_of_ceiling": share,
+            "bound": "memory",
+        }
+        return [line for line in table({"sweep": "batch_size", "points": [point]}) if "bench machine" in line]
+
+    assert len(said(1.2)) == 1 and said(0.9) == []
 
 
 def test_the_work_of_weak_scaling_grows_with_the_threads(monkeypatch):

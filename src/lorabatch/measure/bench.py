@@ -103,6 +103,8 @@ def table(record: Mapping[str, Any]) -> list[str]:
         rate = point["tokens_per_s"]
         rows.append([str(point[name]), *map(shown, medians), *ceiling, shown(rate["low"]), shown(rate["high"])])
     lines = ["".join(f"{text:>{max(9, len(head) + 2)}}" for head, text in zip(heads, row, strict=True)) for row in (heads, *rows)]
+    if any(point.get("share_of_ceiling", 0) > 1 for point in record["points"]):
+        lines.append("faster than the ceiling: the machine was busy when that was measured; run lorabatch bench machine")
     if record.get("knee") is not None:
         lines.append(f"knee: beyond {record['knee']} at once a doubling brings less than 1.5 times the throughput")
     for key, law in (("serial_share", "the same work (Amdahl)"), ("weak_serial_share", "work that grows with the threads (Gustafson)")):
