@@ -74,24 +74,38 @@ def copy_project(target):
     return target
 
 
-@pytest.fixture(scope="session")
+# The cluster ends when the pipe to this script does: after the tests of this folder, or however else pytest ends.
+UNTIL_END_OF_PIPE = '{ read -r _ || true; bash "$0" stop "$1"; rm -rf "$1"; } <&0 >/dev/null 2>&1 &'
+
+
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory):
     path = os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin"
     missing = [name for name in DAEMONS if not shutil.which(name, path=path)]
     if missing:
         pytest.skip(f"Slurm is not installed here ({', '.join(missing)}); .ci/run installs it, or tests/slurm/slurm_cluster.sh install")
-    folder = tempfile.mkdtemp(prefix="lb-slurm-")  # a short path: it holds sockets
+    folder = Path(tempfile.mkdtemp(prefix="lb-slurm-"))  # a short path: it holds sockets
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))} | {"PATH": path}
-    try:
+    words = ["bash", "-c", UNTIL_END_OF_PIPE, SCRIPT, folder]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, env=variables, start_new_session=True) as watch:
         subprocess.run(["bash", SCRIPT, "start", folder, "2"], check=True, timeout=240, env=variables, stdin=subprocess.DEVNULL)
         variables["SLURM_CONF"] = f"{folder}/etc/slurm.conf"
         yield Cluster(copy_project(tmp_path_factory.mktemp("project")), variables)
-    finally:
-        subprocess.run(["bash", SCRIPT, "stop", folder], check=True, timeout=240, env=variables, stdin=subprocess.DEVNULL)
-        shutil.rmtree(folder, ignore_errors=True)
+        watch.stdin.close()
+    end = time.monotonic() + 240
+    while folder.exists():
+        assert time.monotonic() < end, f"the cluster in {folder} does not stop"
+        time.sleep(0.1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
+def named_nodes(cluster):
+    """Slurm's node names resolve: without root they do not, and ranks on two nodes cannot meet."""
+    if (Path(cluster.variables["SLURM_CONF"]).parent / "isolation").read_text().strip() != "unshare":
+        pytest.skip("nodes with names of their own need root")
+
+
+@pytest.fixture(scope="package")
 def experiment(cluster, tiny_llama_dir):
     """A TOML file for all commands: a tiny model, 24 documents, 24 prompts."""
     data = cluster.project / "texts.txt"
@@ -105,7 +119,7 @@ def experiment(cluster, tiny_llama_dir):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def environment_with(cluster):
     """Makes an environment like the project's whose Python first runs some code; job.sh clears PYTHONPATH, so its Python is a script."""
 

@@ -47,7 +47,7 @@ def timed_job(cluster, experiment, slow_environment):
     return cluster.submit("--time=1", "--signal=B:USR1@20", "scripts/job_cpu.slurm", *words, VENV=slow_environment)
 
 
-def test_two_ranks_on_two_nodes_train_what_one_process_trains(cluster, experiment):
+def test_two_ranks_on_two_nodes_train_what_one_process_trains(cluster, experiment, named_nodes):
     words = train_words(cluster, experiment, "results/two", "--max_steps", 6)
     job = cluster.submit("--nodes=2", "--cpus-per-task=1", "scripts/job_cpu.slurm", *words)
     assert cluster.wait(job) == [(job, "COMPLETED", "0:0")], cluster.logs(job)
@@ -73,7 +73,7 @@ def rank_process(job, rank):
     return None
 
 
-def test_a_killed_rank_ends_the_job_within_a_minute(cluster, experiment, slow_environment):
+def test_a_killed_rank_ends_the_job_within_a_minute(cluster, experiment, slow_environment, named_nodes):
     words = train_words(cluster, experiment, "results/killed", "--max_steps", 1000)
     job = cluster.submit("--nodes=2", "--cpus-per-task=1", "scripts/job_cpu.slurm", *words, VENV=slow_environment)
     events = cluster.project / "results/killed/events.jsonl"
