@@ -32,13 +32,11 @@ def loss_and_gradients(model, adapters):
     return float(loss.detach()), {path: (a.grad.clone(), b.grad.clone()) for path, (a, b) in adapters.pairs.items()}
 
 
-def reference(folder, adapters_like):
-    """The same model in transformers with bitsandbytes' 4-bit layers and peft's adapters, with the same adapter weights."""
+def reference(folder, adapters_like, **options):
+    """The same model in transformers with bitsandbytes' layers and peft's adapters, with the same adapter weights."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
-    )
+    config = BitsAndBytesConfig(**options)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"})
     loaded.requires_grad_(False)
     model = HfModel(loaded, CPU)
@@ -68,7 +66,8 @@ def test_nf4_equals_peft_on_bitsandbytes(tmp_path):
     folder = save_model(tiny_model("llama"), tmp_path)
     model, adapters = quantised(folder, Nf4)
     loss, gradients = loss_and_gradients(model, adapters)
-    expected_loss, expected = loss_and_gradients(*reference(folder, adapters))
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    expected_loss, expected = loss_and_gradients(*reference(folder, adapters, **nf4))
     dense_loss, _ = loss_and_gradients(*quantised(folder, None))
     assert abs(dense_loss - loss) > 0.01, "it is not the dense base"
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -76,6 +75,35 @@ def test_nf4_equals_peft_on_bitsandbytes(tmp_path):
     for path, pair in gradients.items():
         for ours, theirs in zip(pair, expected[path], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()), msg=path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_int8_equals_peft_on_bitsandbytes(tmp_path):
+    """The same integers and scales, and the same arithmetic: on CPUs bitsandbytes leaves activations as they are, as we do everywhere."""
+    pytest.importorskip("bitsandbytes")
+    from lorabatch.model.quantised import Int8
+
+    folder = save_model(tiny_model("llama"), tmp_path)
+    model, adapters = quantised(folder, Int8)
+    loss, gradients = loss_and_gradients(model, adapters)
+    theirs, theirs_adapters = reference(folder, adapters, load_in_8bit=True)
+    layers = {n: m for n, m in theirs.model.named_modules() if n.endswith("base_layer")}
+    assert len(layers) == 7 * 3
+    for layer in model.decoder.linears():
+        rebuilt = layer.product.weight(torch.float32)
+        for part in layer.parts:
+            (name,) = (n for n in layers if n.endswith(f"{part.path}.base_layer"))
+            weight = layers[name].weight
+            expected = weight.CB.float() * weight.SCB[:, None] / 127
+            torch.testing.assert_close(rebuilt[part.start : part.stop], expected, rtol=1e-6, atol=0, msg=part.path)
+    expected_loss, expected = loss_and_gradients(theirs, theirs_adapters)
+    _, dense = loss_and_gradients(*quantised(folder, None))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for path, pair in gradients.items():
+        for ours, same, other in zip(pair, expected[path], dense[path], strict=True):
+            assert (ours - same).norm() < 1e-4 * same.norm(), path
+            assert (ours - other).norm() > 1e-2 * other.norm(), "it is not the dense base"
 
 
 @pytest.mark.parametrize(("name", "bits", "error"), [("Nf4", 4.6, 0.13), ("Int8", 8.6, 0.01)])
