@@ -87,7 +87,7 @@ def free_port():
 class Group:
     """``count`` processes of one run, started as torchrun would start them."""
 
-    def __init__(self, count, argv, folder, *, slurm=False):
+    def __init__(self, count, argv, folder, *, slurm=False, timeout_s=600):
         base = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
         base |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         port, job = free_port(), str(os.getpid())
@@ -101,7 +101,7 @@ class Group:
             with log.open("a") as output:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "lorabatch", *argv, "--rank_timeout", "600"],
+                        [sys.executable, "-m", "lorabatch", *argv, "--rank_timeout", str(timeout_s)],
                         env=base | {k: str(v) for k, v in place.items()},
                         stdout=output,
                         stderr=subprocess.STDOUT,
@@ -167,6 +167,26 @@ def test_two_ranks_stopped_and_killed_end_with_the_same_bits(tiny_llama_dir, cor
     assert group.wait() == [0, 0], group.text()
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
     assert history(tmp_path / "run") == history(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_rank_that_falls_silent_ends_the_job_in_time(tiny_llama_dir, corpus, tmp_path):
+    """Its connection stays open: only the time limit tells."""
+    argv = flags(tiny_llama_dir, corpus, tmp_path / "run", "--resume", "auto", "--epochs", 1000, "--eval_every_steps", 10000)
+    group = Group(2, argv, tmp_path, timeout_s=15)
+    try:
+        wait_for_lines(tmp_path / "run" / "events.jsonl", 3, group.processes[0])
+        group.processes[1].send_signal(signal.SIGSTOP)
+        start_s = time.monotonic()
+        assert group.processes[0].wait(timeout=300) == 70, group.text()
+        assert time.monotonic() - start_s < 15 + 45
+    finally:
+        group.processes[1].kill()  # a stopped process dies of it too
+        group.processes[1].wait()
+    line = group.logs[0].read_text().strip().splitlines()[-1]
+    assert "rank 0 of 2: another rank is gone" in line and "ranks wait 15 s: --rank_timeout" in line
+    steps = [e["step"] for e in history(tmp_path / "run") if e["event"] == "step"]
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == steps[-1], "and nothing is lost"
 
 
 @pytest.mark.slow
