@@ -32,6 +32,15 @@ static inline __m512 sigmoid16(__m512 x) {
 
 static inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
 
+// f(i, lanes) for every 16th i below n. Whole vectors get a mask that the compiler knows and drops: masked loads and stores of 16-bit
+// values made SwiGLU take twice as long (Zen 5).
+template <class F>
+static inline void each_vector(int64_t n, F&& f) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) f(i, (__mmask16)0xffff);
+    if (i < n) f(i, first_lanes(n - i));
+}
+
 // An activation type: memory format, and fp32 in registers. A dword of memory holds `per_dword` values.
 struct Fp32 {
     using Value = float;

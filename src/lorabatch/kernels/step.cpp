@@ -51,12 +51,11 @@ static void embed(const Op& op, const Step& s) {
         const Value* token = (const Value*)op.a + s.token_ids[t] * op.n;
         const Value* place = op.b ? (const Value*)op.b + s.positions[t] * op.n : nullptr;
         float* x = (float*)op.out + t * op.n;
-        for (int64_t i = 0; i < op.n; i += 16) {
-            const __mmask16 m = first_lanes(op.n - i);
+        each_vector(op.n, [&](int64_t i, __mmask16 m) {
             __m512 sum = T::load(token + i, m);
             if (place) sum = _mm512_add_ps(sum, T::load(place + i, m));
             _mm512_mask_storeu_ps(x + i, m, sum);
-        }
+        });
     }
 }
 
@@ -88,11 +87,10 @@ static void quantise_row(float* x, int64_t n, uint8_t* out, RowScale* row) {
     }
     row->scale = most / 127.0f;
     const __m512 factor = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
-    for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 m = first_lanes(n - i);
+    each_vector(n, [&](int64_t i, __mmask16 m) {
         const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(m, x + i), factor)), _mm512_set1_epi32(128));
         _mm_mask_storeu_epi8(out + i, m, _mm512_cvtusepi32_epi8(q));
-    }
+    });
 }
 
 // What the outliers of a row add to 16 columns (of vector v) of a panel of 8-bit weights, before the column scales.
@@ -109,10 +107,9 @@ template <class T>
 static void emit_row(const Op& op, int64_t row, int64_t n, float* x) {
     using Value = typename T::Value;
     if (Value* plain = (Value*)(op.weight == INT8 ? op.plain : op.out))
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             T::store(plain + row * n + i, _mm512_maskz_loadu_ps(m, x + i), m);
-        }
+        });
     if (op.weight == INT8) quantise_row(x, n, (uint8_t*)op.out + row * n, (RowScale*)op.scales + row);
 }
 
@@ -131,18 +128,16 @@ static void norm(const Op& op, const Step& s, float* scratch) {
             centre = _mm512_reduce_add_ps(sum) / n;
         }
         const __m512 mean = _mm512_set1_ps(centre);
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             const __m512 d = _mm512_maskz_sub_ps(m, _mm512_maskz_loadu_ps(m, x + i), mean);
             squares = _mm512_fmadd_ps(d, d, squares);
-        }
+        });
         const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / n + (float)op.value));
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, x + i), mean), inverse), T::load(weight + i, m));
             if (bias) y = _mm512_add_ps(y, T::load(bias + i, m));
             _mm512_mask_storeu_ps(scratch + i, m, y);
-        }
+        });
         emit_row<T>(op, r, n, scratch);
     }
 }
@@ -330,8 +325,7 @@ static void activate(const Op& op, const Step& s, float* scratch) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < s.tokens; t++) {
         const Value* x = (const Value*)op.a + t * n * (op.mode ? 2 : 1);
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             const __m512 g = T::load(x + i, m);
             __m512 y;
             if (op.mode) {
@@ -342,7 +336,7 @@ static void activate(const Op& op, const Step& s, float* scratch) {
                 y = _mm512_mul_ps(g, sigmoid16(u));
             }
             _mm512_mask_storeu_ps(scratch + i, m, y);
-        }
+        });
         emit_row<T>(op, t, n, scratch);
     }
 }
@@ -352,10 +346,9 @@ static void quantise(const Op& op, const Step& s, float* scratch) {
     using Value = typename T::Value;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < s.tokens; t++) {
-        for (int64_t i = 0; i < op.n; i += 16) {
-            const __mmask16 m = first_lanes(op.n - i);
+        each_vector(op.n, [&](int64_t i, __mmask16 m) {
             _mm512_mask_storeu_ps(scratch + i, m, T::load((const Value*)op.a + t * op.n + i, m));
-        }
+        });
         quantise_row(scratch, op.n, (uint8_t*)op.out + t * op.n, (RowScale*)op.scales + t);
     }
 }

@@ -479,11 +479,10 @@ static void norm_forward(const ValueOf<T>* x, const ValueOf<T>* weight, double e
             squares = _mm512_fmadd_ps(a, a, squares);
         }
         inverse[r] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / n + (float)eps);
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             const __m512 unit = rounded<T>(_mm512_mul_ps(T::load(in + i, m), _mm512_set1_ps(inverse[r])));
             T::store(out + i, _mm512_mul_ps(unit, T::load(weight + i, m)), m);
-        }
+        });
     }
 }
 
@@ -493,16 +492,14 @@ static void norm_backward(const ValueOf<T>* x, const ValueOf<T>* weight, const f
     for (int64_t r = 0; r < rows; r++) {
         const ValueOf<T>*in = x + r * n, *g = grad + r * n;
         __m512 both = _mm512_setzero_ps();
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             both = _mm512_fmadd_ps(_mm512_mul_ps(T::load(g + i, m), T::load(weight + i, m)), T::load(in + i, m), both);
-        }
+        });
         const __m512 scale = _mm512_set1_ps(inverse[r]), share = _mm512_set1_ps(_mm512_reduce_add_ps(both) / n * inverse[r] * inverse[r]);
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             const __m512 direct = _mm512_mul_ps(T::load(g + i, m), T::load(weight + i, m));
             T::store(out + r * n + i, _mm512_mul_ps(scale, _mm512_fnmadd_ps(T::load(in + i, m), share, direct)), m);
-        }
+        });
     }
 }
 
@@ -511,8 +508,7 @@ template <class T>
 static void swiglu(const ValueOf<T>* x, const ValueOf<T>* grad, ValueOf<T>* out, int64_t rows, int64_t n, int64_t threads) {
 #pragma omp parallel for num_threads((int)threads)
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             const __m512 gate = T::load(x + 2 * r * n + i, m), above = T::load(x + (2 * r + 1) * n + i, m), s = sigmoid16(gate), silu = _mm512_mul_ps(gate, s);
             if (!grad) {
                 T::store(out + r * n + i, _mm512_mul_ps(silu, above), m);
@@ -521,7 +517,7 @@ static void swiglu(const ValueOf<T>* x, const ValueOf<T>* grad, ValueOf<T>* out,
                 T::store(out + 2 * r * n + i, _mm512_mul_ps(_mm512_mul_ps(g, above), _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1), s), s)), m);
                 T::store(out + (2 * r + 1) * n + i, _mm512_mul_ps(g, silu), m);
             }
-        }
+        });
 }
 
 // loss[row] = lse - (1 - smooth) target's logit - smooth mean(logits) + z lse², with lse = log sum exp. With `replace` the logits
@@ -532,25 +528,22 @@ static void loss_rows(ValueOf<T>* logits, const int64_t* targets, float* loss, i
     for (int64_t r = 0; r < rows; r++) {
         ValueOf<T>* row = logits + r * n;
         __m512 top = _mm512_set1_ps(-INFINITY), mass = _mm512_setzero_ps(), all = _mm512_setzero_ps();
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             const __m512 x = T::load(row + i, m);
             top = _mm512_mask_max_ps(top, m, top, x), all = _mm512_add_ps(all, x);
-        }
+        });
         const float most = _mm512_reduce_max_ps(top);
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             mass = _mm512_mask_add_ps(mass, m, mass, exp16(_mm512_sub_ps(T::load(row + i, m), _mm512_set1_ps(most))));
-        }
+        });
         const float log_sum = most + std::log(_mm512_reduce_add_ps(mass)), even = (float)smooth / n, factor = 1 + 2 * (float)z * log_sum;
         const float chosen = _mm512_cvtss_f32(T::load(row + targets[r], 1));
         loss[r] = log_sum - (1 - (float)smooth) * chosen - even * _mm512_reduce_add_ps(all) + (float)z * log_sum * log_sum;
         if (!replace) continue;
-        for (int64_t i = 0; i < n; i += 16) {
-            const __mmask16 m = first_lanes(n - i);
+        each_vector(n, [&](int64_t i, __mmask16 m) {
             const __m512 p = exp16(_mm512_sub_ps(T::load(row + i, m), _mm512_set1_ps(log_sum)));
             T::store(row + i, _mm512_fmsub_ps(p, _mm512_set1_ps(factor), _mm512_set1_ps(even)), m);
-        }
+        });
         T::store(row + targets[r], _mm512_set1_ps(std::exp(chosen - log_sum) * factor - even - (1 - (float)smooth)), 1);
     }
 }
