@@ -78,11 +78,11 @@ def hub(tiny_llama_dir):
     thread.join()
 
 
-def fetch(*flags, endpoint, home, offline="0"):
+def fetch(*flags, endpoint, home, offline="0", command="fetch"):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "HTTP", "http"))}
     environment |= {"PYTHONPATH": str(SRC), "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "NO_PROXY": "*"}
-    command = [sys.executable, "-m", "lorabatch", "fetch", *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    words = [sys.executable, "-m", "lorabatch", command, *flags]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_fetch_downloads_what_a_model_needs_and_then_works_offline(hub, tmp_path):
@@ -120,9 +120,9 @@ def test_a_cached_model_and_a_copy_are_verified_offline_and_a_changed_byte_is_na
     (copy / ".lorabatch-partial").touch()  # an earlier copy was interrupted in the middle of a file
     (copy / "config.json").write_bytes((snapshot / "config.json").read_bytes())
     (copy / "model.safetensors").write_bytes(b"half")
-    staged = fetch("org/tiny", "--to", str(copy), "--verify", "--offline", endpoint=hub, home=home)
+    staged = fetch("org/tiny", str(copy), "--verify", endpoint=hub, home=home, command="stage")
     assert staged.returncode == 0 and not any(p.is_symlink() for p in copy.iterdir()), staged.stderr
-    assert len(Hub.requested) == count, "--offline asked the hub"
+    assert len(Hub.requested) == count, "stage asked the hub"
     for folder in (copy, snapshot):
         weights = (folder / "model.safetensors").resolve()
         content = bytearray(weights.read_bytes())

@@ -21,6 +21,7 @@ from lorabatch.config import (
     ProfileInferConfig,
     ProfileTrainConfig,
     ReportConfig,
+    StageConfig,
     StatusConfig,
     SubmitConfig,
     SweepConfig,
@@ -63,6 +64,10 @@ def _fetch(config: FetchConfig, extras: dict[str, Any], command: list[str]) -> i
         print(f"{files} files, {size / 1e6:.1f} MB, all as they were fetched")
     print(f"{source.name}: {source.path}" + (f" (revision {source.revision})" if source.revision else ""))
     return 0
+
+
+def _stage(config: StageConfig, extras: dict[str, Any], command: list[str]) -> int:
+    return _fetch(FetchConfig(to=extras["to"], offline=True, verify=config.verify), extras, command)
 
 
 def _report(config: ReportConfig, extras: dict[str, Any], command: list[str]) -> int:
@@ -148,6 +153,7 @@ COMMANDS: dict[str, Command] = {
     "report": (ReportConfig, _report, {"runs": "run folders and JSON files of lorabatch bench, in any order"}),
     "merge": (MergeConfig, _merge, {}),
     "fetch": (FetchConfig, _fetch, {"name": "name on the hub, .gguf file, or smollm2-135m"}),
+    "stage": (StageConfig, _stage, {"name": "what was fetched", "to": "folder on the node's own disk"}),
     "sweep": (SweepConfig, _sweep, {"file": "TOML file with the tables [train] and [search]"}),
     "submit": (SubmitConfig, _submit, {"what": "train, infer, sweep or pipeline"}),
     "status": (StatusConfig, _status, {"folder": "run folder that lorabatch submit named"}),

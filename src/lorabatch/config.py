@@ -166,6 +166,13 @@ class FetchConfig(Settings):
 
 
 @dataclass(frozen=True)
+class StageConfig(Settings):
+    """Copy a fetched model to a node's own disk, links followed, without the network."""
+
+    verify: bool = setting(False, "check every copied file against the checksums it was fetched with")
+
+
+@dataclass(frozen=True)
 class ReportConfig(Settings):
     """Write RELATORIO.md (Portuguese) and report.html from run folders."""
 

@@ -219,7 +219,7 @@ def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict
         raise UsageError("no such file", where=f"--config {path}", fix="check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"not a readable TOML file ({error})", where=path, fix="mend the line it names") from None
-    commands = ("train", "infer", "merge", "fetch", "report", "bench", "profile", "compare", "submit")
+    commands = ("train", "infer", "merge", "fetch", "stage", "report", "bench", "profile", "compare", "submit")
     for name in table:
         if isinstance(table[name], dict) and name not in commands:
             raise UsageError(f"unknown table [{name}]", where=path, fix=nearest(name, commands))
