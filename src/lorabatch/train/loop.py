@@ -22,7 +22,7 @@ from torch import Tensor
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import steps_per_epoch, training_steps
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
-from lorabatch.errors import TrainingError
+from lorabatch.errors import LorabatchError, TrainingError
 from lorabatch.train.evaluate import EvalResult, LossModel, evaluate, rank_blocks
 from lorabatch.train.planner import halved, out_of_memory
 from lorabatch.train.ranks import ALONE, Ranks
@@ -47,7 +47,17 @@ class Lane:
         try:
             self.documents = self._steps.send(value)  # type: ignore[arg-type]  # None starts a generator
         except StopIteration as stop:
-            self.documents, self.ended, self.result = None, True, stop.value
+            self._end(stop.value)
+
+    def fail(self, error: LorabatchError) -> None:
+        """The gradient that it asks for cannot be had: it saves what it has, in the place where it waits."""
+        try:
+            self._steps.throw(error)
+        except StopIteration as stop:
+            self._end(stop.value)
+
+    def _end(self, result: Any) -> None:
+        self.documents, self.ended, self.result = None, True, result
 
 
 Gradients = Callable[[Sequence[Lane]], Sequence[float]]  # fills the learners' buffers, returns the sums of the losses
@@ -70,7 +80,13 @@ def drive(lanes: Sequence[Lane], gradients: Gradients) -> list[Any]:
 def _step(lanes: Sequence[Lane], gradients: Gradients) -> None:
     """One update of each run; one whose gradient overflowed asks again."""
     while asking := [lane for lane in lanes if lane.documents is not None]:
-        for lane, loss_sum in zip(asking, gradients(asking), strict=True):
+        try:
+            loss_sums = gradients(asking)
+        except LorabatchError as error:  # another rank is gone, or memory does not suffice
+            for lane in asking:
+                lane.fail(error)
+            return
+        for lane, loss_sum in zip(asking, loss_sums, strict=True):
             lane.send(loss_sum)
 
 
