@@ -44,20 +44,17 @@ class Lane:
         self.ended, self.result = False, None
 
     def send(self, value: float | None) -> None:
-        try:
-            self.documents = self._steps.send(value)  # type: ignore[arg-type]  # None starts a generator
-        except StopIteration as stop:
-            self._end(stop.value)
+        self._go_on(lambda: self._steps.send(value))  # type: ignore[arg-type]  # None starts a generator
 
     def fail(self, error: LorabatchError) -> None:
         """The gradient that it asks for cannot be had: it saves what it has, in the place where it waits."""
-        try:
-            self._steps.throw(error)
-        except StopIteration as stop:
-            self._end(stop.value)
+        self._go_on(lambda: self._steps.throw(error))
 
-    def _end(self, result: Any) -> None:
-        self.documents, self.ended, self.result = None, True, result
+    def _go_on(self, resume: Callable[[], Sequence[TokenDocument] | None]) -> None:
+        try:
+            self.documents = resume()
+        except StopIteration as stop:
+            self.documents, self.ended, self.result = None, True, stop.value
 
 
 Gradients = Callable[[Sequence[Lane]], Sequence[float]]  # fills the learners' buffers, returns the sums of the losses
