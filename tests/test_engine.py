@@ -17,14 +17,14 @@ SAMPLE = Path(__file__).parents[1] / "data_sample"
 GREEDY = SamplingParams(ignore_eos=True)
 
 
-def complete(runner, prompts, new, *, slots, order=None, tokenizer=None, settings=GREEDY, **options):
-    """(output ids of each prompt, what the pass cost), run in ``order``; ``new``: tokens for each."""
+def complete(runner, prompts, new, *, slots, arrival=None, tokenizer=None, settings=GREEDY, **options):
+    """(output ids of each prompt, what the pass cost), run in ``arrival``; ``new``: tokens for each."""
     requests = [
         Request(str(i), i, "", settings, token_ids=list(p), max_new_tokens=n) for i, (p, n) in enumerate(zip(prompts, new, strict=True))
     ]
     engine = Engine(runner, tokenizer or tiny_tokenizer(), [EOS_ID], max_running=slots, **{"prefill_tokens": 64} | options)
     finished = []
-    stats = engine.run([requests[i] for i in order or range(len(requests))], finished.append)
+    stats = engine.run([requests[i] for i in arrival or range(len(requests))], finished.append)
     assert len(finished) == len(requests)
     return [r.output_ids for r in requests], stats
 
@@ -50,13 +50,20 @@ NEW = [12, 20, 16, 9, 25, 14, 8, 8, 30, 11]
 
 @pytest.mark.parametrize(
     ("slots", "options"),
-    [(6, {}), (3, {"prefill_tokens": 7}), (6, {"longest_first": True}), (4, {"speculate": 4}), (6, {"speculate": 7, "prefill_tokens": 20})],
+    [
+        (6, {}),
+        (3, {"prefill_tokens": 7}),
+        (6, {"order": "longest"}),
+        (4, {"order": "adapter"}),
+        (4, {"speculate": 4}),
+        (6, {"speculate": 7, "prefill_tokens": 20}),
+    ],
 )
 def test_no_way_of_running_changes_a_token(toy, prompts, slots, options):
     expected = [complete(toy, [p], [n], slots=1)[0][0] for p, n in zip(prompts, NEW, strict=True)]
     assert len({tuple(e) for e in expected}) >= 7, "a constant output would prove little"
     order = random.Random(slots).sample(range(len(prompts)), len(prompts))
-    got, stats = complete(toy, prompts, NEW, slots=slots, order=order, **options)
+    got, stats = complete(toy, prompts, NEW, slots=slots, arrival=order, **options)
     assert got == expected
     assert stats.shared_tokens > 0
     assert (stats.guessed_tokens > 0) == ("speculate" in options)
@@ -93,8 +100,8 @@ def test_real_model_200_prompts_are_the_same_in_every_way():
     runner = make_runner(model, num_slots=64, capacity=128, max_tokens=2112)
     expected, _ = complete(runner, ids, new, slots=1, tokenizer=tokenizer, prefill_tokens=2048)
     order = random.Random(1).sample(range(200), 200)
-    for options in ({"prefill_tokens": 2048}, {"prefill_tokens": 100, "longest_first": True, "speculate": 4}):
-        got, stats = complete(runner, ids, new, slots=64, order=order, tokenizer=tokenizer, **options)
+    for options in ({"prefill_tokens": 2048}, {"prefill_tokens": 100, "order": "longest", "speculate": 4}):
+        got, stats = complete(runner, ids, new, slots=64, arrival=order, tokenizer=tokenizer, **options)
         assert got == expected
         assert stats.shared_tokens > 1000
     assert stats.accepted_tokens > 0

@@ -124,3 +124,45 @@ def test_what_cannot_be_is_said_in_one_line(tiny_llama_dir, tmp_path, adapters, 
     ):
         assert main([*flags, *more, "--overwrite"]) == code
         assert words in capsys.readouterr().err
+
+
+def test_merged_in_turn_is_each_adapter_dir_alone(tiny_llama_dir, tmp_path, adapters, monkeypatch):
+    """The same texts as --adapter_dir, also when killed after the first adapter; a run does not go on in the other mode."""
+    from lorabatch.infer.session import Session
+
+    bank, names = ["--adapters", *(f"{name}={folder}" for name, folder in adapters.items())], ("cardio", None, "onco")
+    rows, complete = rows_for(names), Session.complete
+    mode = [*bank, "--adapter_mode", "merge", "--batch_size", "2"]
+    calls = []
+
+    def stop_in_the_second_turn(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return complete(self, *args, **options)
+
+    monkeypatch.setattr(Session, "complete", stop_in_the_second_turn)
+    with pytest.raises(AssertionError, match="130"):
+        infer(tiny_llama_dir, rows, tmp_path / "merged", *mode)
+    assert len(list(read_jsonl(tmp_path / "merged" / "out" / "completions.jsonl"))) == 3
+    monkeypatch.setattr(Session, "complete", complete)
+    together = infer(tiny_llama_dir, rows, tmp_path / "merged", *mode, "--resume")
+    assert len(together) == 9
+    for name in names:
+        alone = infer(tiny_llama_dir, rows_for((None,)), tmp_path / f"{name}", *(["--adapter_dir", str(adapters[name])] if name else []))
+        assert [together[f"{name}-{i}"]["text"] for i in range(3)] == [alone[f"None-{i}"]["text"] for i in range(3)]
+    flags = ["--base_model", str(tiny_llama_dir), "--prompts", str(tmp_path / "merged" / "prompts.jsonl"), "--dtype", "fp32", "--no_cuda"]
+    options = ["--max_new_tokens", "12", "--ignore_eos", *bank, "--resume", "--output_dir", str(tmp_path / "merged" / "out")]
+    assert main(["infer", *flags, *options]) == 64
+
+
+def test_the_model_of_an_openai_line_names_the_adapter(tiny_llama_dir, tmp_path, adapters):
+    bank = ["--adapters", *(f"{name}={folder}" for name, folder in adapters.items())]
+    lines = [{"custom_id": m, "body": {"model": m, "prompt": "The patient 0 has a fever"}} for m in ("cardio", "gpt-any", "onco")]
+    found = infer(tiny_llama_dir, lines, tmp_path / "openai", *bank, "--order", "adapter", "--output_format", "openai")
+    ours = infer(tiny_llama_dir, rows_for(("cardio", None, "onco")), tmp_path / "ours", *bank)
+    assert {k: (r["adapter"], r["text"]) for k, r in found.items()} == {
+        k: (name, ours[f"{name}-0"]["text"]) for k, name in (("cardio", "cardio"), ("gpt-any", None), ("onco", "onco"))
+    }
+    written = read_jsonl(tmp_path / "openai" / "out" / "batch_output.jsonl")
+    assert [line["response"]["body"]["model"] for line in written] == ["cardio", str(tiny_llama_dir), "onco"]

@@ -123,7 +123,7 @@ def test_input_order_and_a_longer_request_than_the_first_window(tiny_llama_dir, 
     assert texts(tmp_path / "3") == texts(tmp_path / "40")
     metrics = json.loads((tmp_path / "3" / "metrics.json").read_text())
     assert metrics["completed"] == 40 and metrics["max_running"] == 3
-    phases = [metrics[f"startup_{name}_s"] for name in ("check", "load", "tokenise")]
+    phases = [metrics[f"startup_{name}_s"] for name in ("check", "load", "tokenise", "pack")]
     assert metrics["startup_s"] == pytest.approx(sum(phases)) and min(phases) > 0
     for name in ("queue_ms", "ttft_ms", "tpot_ms", "itl_ms", "e2el_ms"):
         assert metrics[f"p50_{name}"] <= metrics[f"p99_{name}"]

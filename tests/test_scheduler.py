@@ -28,7 +28,9 @@ def make(index, shape):
 def test_every_request_runs_to_its_end_in_dense_slots(shapes, max_running, budget, static, longest_first):
     requests = [make(i, shape) for i, shape in enumerate(shapes)]
     source = iter(requests)
-    scheduler = Scheduler(source, max_running=max_running, prefill_tokens=budget, static=static, longest_first=longest_first)
+    scheduler = Scheduler(
+        source, max_running=max_running, prefill_tokens=budget, static=static, order="longest" if longest_first else "arrival"
+    )
     held = {}  # what a cache would hold: slot -> tokens
     finished, steps = [], 0
     while scheduler.has_work:
@@ -85,7 +87,7 @@ def test_other_adapters_share_nothing():
 
 def test_longest_first_sorts_what_it_sees():
     requests = [make(i, (0, n, 1)) for i, n in enumerate([3, 40, 20])]
-    scheduler = Scheduler(requests, max_running=3, prefill_tokens=1000, longest_first=True)
+    scheduler = Scheduler(requests, max_running=3, prefill_tokens=1000, order="longest")
     assert [p.request.index for p in scheduler.next_batch().pieces] == [1, 2, 0]
 
 

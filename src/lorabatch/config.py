@@ -135,7 +135,12 @@ class InferConfig(Settings):
     leave_early: bool = setting(False, "--shards: end when no part is left to claim; a later process merges")
     prefill_tokens: int = setting(2048, "prompt tokens that enter the model in one step", minimum=1)
     adapters: tuple[str, ...] = setting((), "several adapters in one run: NAME=DIR each; a .jsonl request names its own in 'adapter'")
-    order: str = setting("arrival", "which requests run first; results are the same", choices=("arrival", "longest"))
+    adapter_mode: str = setting(
+        "mixed",
+        "--adapters: mixed batches, or merge each in turn (another rounding; pays with many requests each)",
+        choices=("mixed", "merge"),
+    )
+    order: str = setting("arrival", "which requests run first; results are the same", choices=("arrival", "longest", "adapter"))
     speculate: int = setting(0, "tokens guessed ahead from the text itself (greedy requests; results are the same)", minimum=0, maximum=32)
 
     dtype: str = setting("auto", "type of weights and KV cache", choices=DTYPES)

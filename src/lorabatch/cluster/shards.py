@@ -233,7 +233,8 @@ def merge(folder: Path, prompts: PromptFile, shards: list[Path]) -> None:
     record = read_json(folder / "run.json")
     if record["config"]["output_format"] == "openai":
         name, path = record["config"]["base_model"], folder / "batch_output.jsonl"
-        write_openai_file(path, folder / "completions.jsonl", model=name, created=int(time.time()))
+        adapters = [entry.partition("=")[0] for entry in record["config"]["adapters"]]
+        write_openai_file(path, folder / "completions.jsonl", model=name, created=int(time.time()), adapters=adapters)
     first = read_json(pieces[0] / "run.json") if (pieces[0] / "run.json").exists() else {}
     shared = {k: first.get(k) for k in ("model", "device", "dtype", "threads", "backend", "gpu")}
     RunFolder(folder, record).finish("completed", failed=totals.failed, **shared)

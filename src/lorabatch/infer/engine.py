@@ -35,6 +35,7 @@ class PassStats:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     decode_kv_tokens: int = 0  # cached tokens read by all decode steps together
+    decode_adapters: int = 0  # unmerged adapters read by all decode steps together
     shared_tokens: int = 0  # prompt tokens that were taken over from another request's slot
     guessed_tokens: int = 0  # read ahead by speculation
     accepted_tokens: int = 0  # of these, right
@@ -55,11 +56,11 @@ class Engine:
         *,
         max_running: int,
         prefill_tokens: int,
-        longest_first: bool = False,
+        order: str = "arrival",
         speculate: int = 0,
     ) -> None:
         self._runner, self._tokenizer, self._eos_ids = runner, tokenizer, frozenset(eos_ids)
-        self._max_running, self._prefill_tokens, self._longest_first = max_running, prefill_tokens, longest_first
+        self._max_running, self._prefill_tokens, self._order = max_running, prefill_tokens, order
         self._speculate = 0 if runner.static else speculate
         self._lookups: dict[int, Lookup] = {}  # by identity of the request
 
@@ -81,7 +82,7 @@ class Engine:
             max_running=self._max_running,
             prefill_tokens=self._prefill_tokens,
             static=self._runner.static,
-            longest_first=self._longest_first,
+            order=self._order,
         )
         stats = stats or PassStats(begin_s=time.perf_counter())
         while scheduler.has_work and not stop_requested():
@@ -153,6 +154,7 @@ class Engine:
             stats.decode_steps += 1
             stats.decode_tokens += sum(map(len, tokens))
             stats.decode_kv_tokens += sum(s.start for s in segments)
+            stats.decode_adapters += len({s.adapter for s in segments} - {-1})
 
     def _advance(self, batch: Batch, tokens: list[list[int]], stats: PassStats) -> list[Request]:
         """Append the tokens of each request; returns those that are done."""

@@ -64,11 +64,19 @@ def summary(name: str, arrays: Sequence[array[float]], *, scale: float = 1.0) ->
 
 
 def metrics(
-    passes: Sequence[Pass], model: Model, startup_s: Mapping[str, float], *, failed: int, num_slots: int, quantize: str
+    passes: Sequence[Pass],
+    model: Model,
+    startup_s: Mapping[str, float],
+    *,
+    failed: int,
+    num_slots: int,
+    iterations: int,
+    quantize: str,
+    adapter_bytes: float,
 ) -> dict[str, Any]:
     """``metrics.json``: counts and times are sums over all measured repetitions, latencies are pooled.
 
-    ``startup_s``: seconds of each phase before the first request could run.
+    ``startup_s``: seconds of each phase before the first request could run. ``adapter_bytes``: of one unmerged adapter, on average.
     """
     stats, latencies = [s for s, _ in passes], [x for _, x in passes]
 
@@ -81,7 +89,7 @@ def metrics(
     return {
         "schema_version": 1,
         "kind": "infer",
-        "iterations": len(passes),
+        "iterations": iterations,
         "duration_s": duration,
         "startup_s": sum(startup_s.values()),
         **{f"startup_{name}_s": seconds for name, seconds in startup_s.items()},
@@ -112,12 +120,12 @@ def metrics(
         "guessed_tokens": total("guessed_tokens"),
         "accepted_tokens": total("accepted_tokens"),
         "pass_tokens_per_s": [rate(x.output_tokens, s.duration_s) for s, x in passes],
-        **_ceilings(stats, model, quantize),
+        **_ceilings(stats, model, quantize, adapter_bytes),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_memory_bytes(),
     }
 
 
-def _ceilings(stats: Sequence[PassStats], model: Model, quantize: str) -> dict[str, float | None]:
+def _ceilings(stats: Sequence[PassStats], model: Model, quantize: str, adapter_bytes: float) -> dict[str, float | None]:
     """Bytes and FLOPs that decoding asked for, and what memory and arithmetic could have delivered in that time."""
     seconds = sum(s.decode_s for s in stats)
     if not isinstance(model, NativeModel) or not seconds:
@@ -128,6 +136,7 @@ def _ceilings(stats: Sequence[PassStats], model: Model, quantize: str) -> dict[s
     kv_tokens, dtype, device = sum(s.decode_kv_tokens for s in stats), model.decoder.dtype, model.decoder.device
     steps, tokens = (sum(getattr(s, name) for s in stats) for name in ("decode_steps", "decode_tokens"))
     needed = decode_bytes(model.spec, steps=steps, kv_tokens=kv_tokens, element_bytes=element_bytes(quantize, dtype.itemsize))
+    needed += adapter_bytes * sum(s.decode_adapters for s in stats)
     bandwidth = measured_bytes_per_s(device)
     return {
         "mbu": needed / seconds / bandwidth,

@@ -6,7 +6,7 @@ Output: {"id", "custom_id", "response": {"status_code", "request_id", "body"} | 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from lorabatch.errors import DataError
@@ -19,9 +19,10 @@ def is_line(row: Mapping[str, Any]) -> bool:
     return "custom_id" in row and "body" in row
 
 
-def as_row(line: Mapping[str, Any], where: str) -> dict[str, Any]:
+def as_row(line: Mapping[str, Any], where: str, *, adapters: Container[str] = ()) -> dict[str, Any]:
     """A row as ``prompts`` reads it; fields that it does not know keep their names, so that they are listed as ignored.
 
+    ``model`` chooses the adapter of that name; any other name means the base, as where there are no adapters.
     Parameters that the body leaves out take the run's flags, not OpenAI's defaults.
     """
     if not isinstance(line["body"], dict):
@@ -31,6 +32,8 @@ def as_row(line: Mapping[str, Any], where: str) -> dict[str, Any]:
     if isinstance(body.get("logprobs"), bool):  # chat: a switch and a number; completions: one number
         wanted, top = body.pop("logprobs"), body.pop("top_logprobs", 0)
         body |= {"logprobs": top} if wanted else {}
+    if body.get("model") in adapters:
+        body["adapter"] = body.pop("model")
     row: dict[str, Any] = {"id": line["custom_id"], **body}
     if line.get("url") not in (None, *URLS):
         row["error"] = f"url '{line['url']}' is not one of {', '.join(URLS)}"
@@ -39,8 +42,8 @@ def as_row(line: Mapping[str, Any], where: str) -> dict[str, Any]:
     return row
 
 
-def output_line(records: Sequence[Mapping[str, Any]], *, model: str, created: int) -> dict[str, Any]:
-    """The output line of one prompt from its completions, in order of their samples."""
+def output_line(records: Sequence[Mapping[str, Any]], *, model: str, created: int, adapters: Container[str] = ()) -> dict[str, Any]:
+    """The output line of one prompt from its completions, in order of their samples; its model is the adapter, where one was chosen."""
     first = records[0]
     line = {"id": f"batch_req_{first['key']}", "custom_id": first["id"], "response": None, "error": None}
     if first["error"]:
@@ -50,7 +53,7 @@ def output_line(records: Sequence[Mapping[str, Any]], *, model: str, created: in
         "id": ("chatcmpl-" if first["chat"] else "cmpl-") + first["key"],
         "object": "chat.completion" if first["chat"] else "text_completion",
         "created": created,
-        "model": model,
+        "model": first["adapter"] if first["adapter"] in adapters else model,
         "choices": [_choice(r) for r in records],
         "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": tokens_in + tokens_out},
     }

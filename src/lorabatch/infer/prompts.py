@@ -62,7 +62,9 @@ class PromptFile:
         self.ignored: set[str] = set()
         self.longest_bytes = self.most_new_tokens = 0
         digests = array("Q")
+        self.adapter_rows = array("h")  # of each request, -1 for the base
         for request in self:
+            self.adapter_rows.append(request.adapter_row)
             digests.append(id_digest(request.id, request.sample))
             self.longest_bytes = max(self.longest_bytes, prompt_bytes(request))
             self.most_new_tokens = max(self.most_new_tokens, request.params.max_new_tokens)
@@ -92,7 +94,7 @@ class PromptFile:
         else:
             for index, (where, row) in enumerate(jsonl_rows(self._path)):
                 if openai_batch.is_line(row):
-                    row = openai_batch.as_row(row, where)
+                    row = openai_batch.as_row(row, where, adapters=self.adapters.folders)
                 self.ignored |= row.keys() - set(ROW_FIELDS) - {"error"}
                 yield self._from_row(row, index, where)
 

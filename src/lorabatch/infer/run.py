@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lorabatch import hub
 from lorabatch.config import InferConfig
@@ -24,7 +26,7 @@ from lorabatch.signals import StopSignals
 if TYPE_CHECKING:
     from lorabatch.infer.adapters import AdapterNames
     from lorabatch.infer.feed import Feed
-    from lorabatch.infer.metrics import Latencies
+    from lorabatch.infer.metrics import Latencies, Pass
     from lorabatch.infer.session import Session
     from lorabatch.model.lora import LoraWeights
 
@@ -88,9 +90,13 @@ class _Phases:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
+    def begin(self) -> None:
+        """What passed since the last phase belongs to none."""
+        self._last = time.perf_counter()
+
     def end(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+        self.seconds[name], self._last = self.seconds.get(name, 0.0) + now - self._last, now
 
 
 @dataclass
@@ -101,7 +107,8 @@ class _Loaded:
     tokenizer: Any
     eos_ids: frozenset[int]
     adapter: str | None
-    bank: tuple[LoraWeights, ...]  # of --adapters, in their order
+    bank: tuple[LoraWeights, ...]  # of --adapters, in their order; empty if they are merged
+    merged: Callable[[Path], Any]  # the model with the adapter of a folder merged in
     work_key: str  # what, besides a request itself, its completion depends on
     limit: int  # positions of prompt and completion together
 
@@ -110,7 +117,7 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
     from lorabatch.infer.runner import load_for_runner, programmed
     from lorabatch.model import load
     from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
-    from lorabatch.model.lora import linear_shapes, load_adapter
+    from lorabatch.model.lora import WEIGHTS_FILE, linear_shapes, load_adapter
     from lorabatch.model.native import NativeModel
     from lorabatch.model.spec import spec_from_config
 
@@ -119,16 +126,19 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
     dtype = choose_dtype(config.dtype, device)
     tokenizer = load.load_tokenizer(source.path)
     model_config = load.load_config(source.path)
-    if names.folders and (config.backend == "hf" or spec_from_config(model_config) is None):
-        raise UnavailableError("not in one batch on the hf backend", where="--adapters", fix="run them one by one with --adapter_dir")
-    quantize = config.quantize
-    model = load_for_runner(
-        source, model_config, backend=config.backend, dtype=dtype, device=device, quantize=quantize, adapter_dir=adapter_dir
-    )
+    apart = config.adapter_mode == "mixed"
+    if names.folders and apart and (config.backend == "hf" or spec_from_config(model_config) is None):
+        raise UnavailableError("not in one batch on the hf backend", where="--adapters", fix="use --adapter_mode merge")
+
+    def load_merged(folder: Path | None) -> load.Model:
+        return load_for_runner(
+            source, model_config, backend=config.backend, dtype=dtype, device=device, quantize=config.quantize, adapter_dir=folder
+        )
+
+    model = load_merged(adapter_dir)
+    kernels = isinstance(model, NativeModel) and programmed(model.spec, dtype, device, quantize=config.quantize)
     bank: tuple[LoraWeights, ...] = ()
-    kernels = False
-    if isinstance(model, NativeModel):
-        kernels = programmed(model.spec, dtype, device, quantize=quantize)
+    if isinstance(model, NativeModel) and apart:
         bank = tuple(load_adapter(d, linear_shapes(model.decoder), base_fingerprint=model.base_fingerprint) for d in names.folders.values())
     limit = min(model.max_positions, config.max_len or model.max_positions)
     adapter = str(adapter_dir) if adapter_dir else None
@@ -143,16 +153,17 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
     )
     precision = TYPE_NAMES[dtype] if config.quantize == "none" else f"{config.quantize} weights, {TYPE_NAMES[dtype]} cache"
     words = ", own kernels" if kernels else ""
-    print(f"base {source.name} ({precision} on {device}, {threads} threads{words}), {_adapter_words(adapter, bank)}")
+    print(f"base {source.name} ({precision} on {device}, {threads} threads{words}), {_adapter_words(adapter, names, apart=apart)}")
     base = f"{source.name} {model.base_fingerprint or source.revision}"
     work_key = f"{base} {_adapter_key(model, adapter_dir)} {TYPE_NAMES[dtype]} {config.quantize} {limit} {config.long_prompt}"
-    work_key += "".join(f" {name}={weights.digest()}" for name, weights in zip(names.folders, bank, strict=True))
-    return _Loaded(model, tokenizer, load.end_tokens(source.path, model_config, tokenizer), adapter, bank, work_key, limit)
+    work_key += "".join(f" {name}={hub.file_sha256(folder / WEIGHTS_FILE)}" for name, folder in names.folders.items())
+    work_key += "" if apart else " merged"  # rounds otherwise, so it is other work
+    return _Loaded(model, tokenizer, load.end_tokens(source.path, model_config, tokenizer), adapter, bank, load_merged, work_key, limit)
 
 
-def _adapter_words(merged: str | None, bank: Sequence[LoraWeights]) -> str:
-    if bank:
-        return f"{len(bank)} adapters, unmerged, chosen by each request"
+def _adapter_words(merged: str | None, names: AdapterNames, *, apart: bool) -> str:
+    if names.folders:
+        return f"{len(names.folders)} adapters, {'unmerged, chosen by each request' if apart else 'merged in turn'}"
     return f"adapter {merged} merged" if merged else "no adapter"
 
 
@@ -168,47 +179,53 @@ def _infer(
     """(failed, all) requests of this run, earlier finished ones included."""
     with SystemSampler(run.path / "system.jsonl") as sampler:
         from lorabatch.infer import metrics, sink
-        from lorabatch.infer.session import Session
 
         loaded = _load(run, config, source, adapter_dir, prompts.adapters)
         phases.end("load")
         completions = run.path / "completions.jsonl"
         done, failed = sink.finished_earlier(completions, prompts, loaded.work_key)
+        passes: list[metrics.Pass] = []
         with run.jsonl(completions.name) as file:
             work = _Work(prompts, loaded, config, done, failed, file)
-            feed = work.feed(record=True)
-            num_left = len(prompts) - sum(done)
-            session = Session(
-                loaded.model,
-                loaded.tokenizer,
-                loaded.eos_ids,
-                config,
-                num_requests=num_left,
-                capacity=feed.likely_capacity(),
-                bank=loaded.bank,
-            )
-            phases.end("tokenise")
-            if config.iters > 1:
-                session.warm_up(feed)
-                phases.end("warm_up")
-            print(f"{num_left} requests, {session.num_slots} at once" + (f", {sum(done)} finished earlier" if any(done) else ""))
-            passes: list[metrics.Pass] = []
-            while len(passes) < config.iters and not signals:
-                latencies = metrics.Latencies()
-                on_finish = work.on_finish(session, feed, latencies, record=not passes)
-                passes.append((session.complete(feed, on_finish, stop_requested=lambda: bool(signals)), latencies))
-                feed = work.feed(record=False)
+            for model, mask in _turns(loaded, config, prompts, done):
+                phases.end("load")
+                passes += work.run(model, mask, phases, signals)
+                phases.begin()
+                if signals:
+                    break
             work.progress.close()
     if config.output_order == "input":
         sink.sort_file(completions)
     if config.output_format == "openai":
-        sink.write_openai_file(run.path / "batch_output.jsonl", completions, model=source.name, created=int(time.time()))
+        sink.write_openai_file(
+            run.path / "batch_output.jsonl", completions, model=source.name, created=int(time.time()), adapters=prompts.adapters.folders
+        )
+    adapter_bytes = [sum(t.numel() * loaded.model.decoder.dtype.itemsize for pair in w.pairs.values() for t in pair) for w in loaded.bank]
     figures = metrics.metrics(
-        passes, loaded.model, phases.seconds, failed=work.failed, num_slots=session.num_slots, quantize=config.quantize
+        passes,
+        loaded.model,
+        phases.seconds,
+        failed=work.failed,
+        num_slots=work.num_slots,
+        iterations=config.iters,
+        quantize=config.quantize,
+        adapter_bytes=sum(adapter_bytes) / max(1, len(adapter_bytes)),
     )
     write_json(run.path / "metrics.json", figures | sampler.summary())
     metrics.print_table(figures, run.path, failed=work.failed, total=len(prompts))
     return work.failed, len(prompts)
+
+
+def _turns(loaded: _Loaded, config: InferConfig, prompts: PromptFile, done: bytearray) -> Iterator[tuple[Any, bytearray]]:
+    """Each model of the run with what it is not to do [a byte per position]: one for all, or every adapter merged in turn."""
+    if not prompts.adapters.folders or config.adapter_mode == "mixed":
+        yield loaded.model, done
+        return
+    rows, left = np.frombuffer(prompts.adapter_rows, dtype=np.int16), np.frombuffer(bytes(done), dtype=np.uint8) == 0
+    for row, folder in enumerate((None, *prompts.adapters.folders.values()), start=-1):
+        mine = left & (rows == row)
+        if mine.any():
+            yield loaded.model if folder is None else loaded.merged(folder), bytearray((~mine).astype(np.uint8).tobytes())
 
 
 class _Work:
@@ -216,11 +233,37 @@ class _Work:
 
     def __init__(self, prompts: PromptFile, loaded: _Loaded, config: InferConfig, done: bytearray, failed: int, file: JsonlWriter) -> None:
         self._prompts, self._loaded, self._config, self._done, self._file = prompts, loaded, config, done, file
-        self.failed = failed
+        self.failed, self.num_slots = failed, 1
         left = len(prompts) - sum(done)
         self.progress = Progress(sum(done) + left * config.iters, unit="request", description="infer", done=sum(done))
 
-    def feed(self, *, record: bool) -> Feed:
+    def run(self, model: Any, mask: bytearray, phases: _Phases, signals: StopSignals) -> list[Pass]:
+        """``--iters`` passes over what is not masked; only the first is recorded."""
+        from lorabatch.infer.metrics import Latencies
+        from lorabatch.infer.session import Session
+
+        loaded, config, left = self._loaded, self._config, len(mask) - sum(mask)
+        feed = self.feed(mask, record=True)
+        capacity = feed.likely_capacity()
+        session = Session(model, loaded.tokenizer, loaded.eos_ids, config, num_requests=left, capacity=capacity, bank=loaded.bank)
+        phases.end("tokenise")
+        session.prepare()
+        phases.end("pack")
+        if config.iters > 1:
+            session.warm_up(feed)
+            phases.end("warm_up")
+        earlier = f", {sum(self._done)} finished earlier" if any(self._done) else ""
+        print(f"{left} requests, {session.num_slots} at once{earlier}")
+        passes: list[Pass] = []
+        while len(passes) < config.iters and not signals:
+            latencies = Latencies()
+            on_finish = self.on_finish(session, feed, latencies, record=not passes)
+            passes.append((session.complete(feed, on_finish, stop_requested=lambda: bool(signals)), latencies))
+            feed = self.feed(mask, record=False)
+        self.num_slots = max(self.num_slots, session.num_slots)
+        return passes
+
+    def feed(self, mask: bytearray, *, record: bool) -> Feed:
         """The work from its beginning; its error records are written if ``record``."""
         from lorabatch.infer.feed import Feed
 
@@ -231,7 +274,7 @@ class _Work:
             self.progress.update()
 
         loaded, config = self._loaded, self._config
-        return Feed(self._prompts, loaded.tokenizer, limit=loaded.limit, long_prompt=config.long_prompt, done=self._done, on_error=on_error)
+        return Feed(self._prompts, loaded.tokenizer, limit=loaded.limit, long_prompt=config.long_prompt, done=mask, on_error=on_error)
 
     def on_finish(self, session: Session, feed: Feed, latencies: Latencies, *, record: bool) -> Callable[[Request], None]:
         start = time.perf_counter()

@@ -17,14 +17,15 @@ it is there. Exact: what a position holds depends on the tokens up to it and on 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from lorabatch.infer.requests import Request
 
 MIN_SHARED = 16  # tokens; for fewer a copy costs more than it saves
-LOOKAHEAD = 1024  # requests that "longest" sorts at once; a block is finished before the next is looked at
+SORT_KEYS: dict[str, Callable[[Request], int]] = {"longest": lambda r: -r.num_positions, "adapter": lambda r: r.adapter_row}
+LOOKAHEAD = 1024  # requests that are sorted at once; a block is finished before the next is looked at
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,20 @@ class Batch:
 
 
 class Scheduler:
-    """``requests`` may be endless: only as many as there are slots (LOOKAHEAD with ``longest_first``) are taken ahead.
+    """``requests`` may be endless: only as many as there are slots (LOOKAHEAD if they are sorted) are taken ahead.
+
+    ``order``: "longest" first, or one "adapter" after the other, so that a step reads few of them.
 
     ``static``: admit only when nothing runs, and whole prompts (for models whose cache cannot take newcomers).
     """
 
     def __init__(
-        self, requests: Iterable[Request], *, max_running: int, prefill_tokens: int, static: bool = False, longest_first: bool = False
+        self, requests: Iterable[Request], *, max_running: int, prefill_tokens: int, static: bool = False, order: str = "arrival"
     ) -> None:
         self._source = iter(requests)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # index = slot
-        self._max_running, self._prefill_tokens, self._static, self._longest_first = max_running, prefill_tokens, static, longest_first
+        self._max_running, self._prefill_tokens, self._static, self._order = max_running, prefill_tokens, static, order
         self._refill()
 
     @property
@@ -132,10 +135,10 @@ class Scheduler:
         return donor, now, soon
 
     def _refill(self, passed: int = 0) -> None:
-        if not self._longest_first:
+        if self._order == "arrival":
             self.waiting.extend(islice(self._source, self._max_running - len(self.waiting) - passed))
         elif not self.waiting and not passed:
-            self.waiting.extend(sorted(islice(self._source, LOOKAHEAD), key=lambda r: -r.num_positions))
+            self.waiting.extend(sorted(islice(self._source, LOOKAHEAD), key=SORT_KEYS[self._order]))
 
     def release(self, finished: Iterable[Request]) -> list[Copy]:
         """Free the slots of finished requests; returns the copies that the cache must follow, in order."""

@@ -55,8 +55,13 @@ class Session:
             print("deterministic: one request at a time, because sums depend on the batch here (as fast as --batch_size 1)")
             self.num_slots = 1
 
+    def prepare(self) -> None:
+        """Pack the weights and make the cache now, so that the first pass does not."""
+        while not self._run((), lambda request: None, lambda: False, PassStats()):
+            self._shrink()
+
     def warm_up(self, feed: Feed) -> None:
-        """A short pass over the first requests that leaves no trace: packed weights, allocator and caches are warm afterwards."""
+        """A short pass over the first requests that leaves no trace: allocator and caches are warm afterwards."""
         first = [replace(r, max_new_tokens=min(4, r.max_new_tokens)) for r in islice(feed.up_to(self.capacity), self.num_slots)]
         if not self._run(first, lambda request: None, lambda: False, PassStats()):
             self._shrink()
@@ -131,7 +136,7 @@ class Session:
             self._eos_ids,
             max_running=self.num_slots,
             prefill_tokens=self._config.prefill_tokens,
-            longest_first=self._config.order == "longest",
+            order=self._config.order,
             speculate=self._config.speculate,
         )
 

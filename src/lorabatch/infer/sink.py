@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,9 @@ def sort_file(path: Path) -> None:
         file.writelines(lines_in_input_order(path))
 
 
-def write_openai_file(path: Path, completions: Path, *, model: str, created: int) -> None:
+def write_openai_file(path: Path, completions: Path, *, model: str, created: int, adapters: Container[str] = ()) -> None:
     """One line of OpenAI's batch output per prompt, in input order."""
     records: Iterator[dict[str, Any]] = map(json.loads, lines_in_input_order(completions))
     with replacing(path) as file:
         for _, samples in groupby(records, key=lambda r: r["index"]):
-            file.write(dumps(openai_batch.output_line(list(samples), model=model, created=created)).encode() + b"\n")
+            file.write(dumps(openai_batch.output_line(list(samples), model=model, created=created, adapters=adapters)).encode() + b"\n")
