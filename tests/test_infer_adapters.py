@@ -1,6 +1,7 @@
 """Several adapters in one run: each request gets its own, the same as if it ran alone, and as if it were merged."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from lorabatch import kernels
 from lorabatch.cli import main
 from lorabatch.infer.runner import NativeRunner, ProgramRunner
 from lorabatch.model.attention import Segment
-from lorabatch.model.lora import save_adapter
-from lorabatch.records import read_jsonl
+from lorabatch.model.lora import CONFIG_FILE, save_adapter
+from lorabatch.records import read_json, read_jsonl, write_json
 
 
 @pytest.fixture(params=["kernels", "torch"])
@@ -154,6 +155,31 @@ def test_merged_in_turn_is_each_adapter_dir_alone(tiny_llama_dir, tmp_path, adap
     flags = ["--base_model", str(tiny_llama_dir), "--prompts", str(tmp_path / "merged" / "prompts.jsonl"), "--dtype", "fp32", "--no_cuda"]
     options = ["--max_new_tokens", "12", "--ignore_eos", *bank, "--resume", "--output_dir", str(tmp_path / "merged" / "out")]
     assert main(["infer", *flags, *options]) == 64
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--adapters",),
+        ("--adapters", "--adapter_mode=merge"),
+        ("--adapters", "--adapter_mode=merge", "--backend=hf"),
+        ("--adapter_dir", "--backend=hf"),
+    ],
+    ids=["mixed", "merge", "hf merge", "hf"],
+)
+def test_another_alpha_is_another_adapter(tiny_llama_dir, tmp_path, adapters, flags):
+    """It lies in adapter_config.json, beside weights that stay the same."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters["cardio"], folder)
+    named = flags[0] == "--adapters"
+    more = [flags[0], f"cardio={folder}" if named else str(folder), *flags[1:]]
+    rows = rows_for(("cardio" if named else None,))
+    infer(tiny_llama_dir, rows, tmp_path / "run", *more)
+    infer(tiny_llama_dir, rows, tmp_path / "run", *more, "--resume")
+    config = read_json(folder / CONFIG_FILE)
+    write_json(folder / CONFIG_FILE, config | {"lora_alpha": config["lora_alpha"] * 2})
+    with pytest.raises(AssertionError, match="64"):
+        infer(tiny_llama_dir, rows, tmp_path / "run", *more, "--resume")
 
 
 def test_the_model_of_an_openai_line_names_the_adapter(tiny_llama_dir, tmp_path, adapters):

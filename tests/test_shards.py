@@ -57,14 +57,17 @@ def test_a_mistake_that_every_shard_would_make_ends_the_work_with_its_code(words
     assert not list((tmp_path / "out").rglob("DONE.json"))
 
 
-def test_other_weights_in_the_same_adapter_folder_are_other_work(words, tmp_path, capsys):
+def test_another_adapter_in_the_same_folder_is_other_work(words, tmp_path, capsys):
     weights = tmp_path / "adapter/adapter_model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"one")
     sharded = [*words, f"--adapters=a={weights.parent}", "--output_dir", str(tmp_path / "out"), "--shards", "2"]
     assert main(sharded) == 65, "these weights are none, but the plan stands"
-    weights.write_bytes(b"two")
-    assert main(sharded) == 64 and "adapters_sha256" in capsys.readouterr().err
+    for changed in (weights, weights.with_name("adapter_config.json")):
+        before = changed.read_bytes() if changed.exists() else None
+        changed.write_bytes(b"two")
+        assert main(sharded) == 64 and "adapters_sha256" in capsys.readouterr().err
+        changed.write_bytes(before) if before else changed.unlink()
 
 
 def test_when_every_process_dies_nothing_is_blamed_on_the_prompts(words, tmp_path, monkeypatch, capsys):

@@ -24,6 +24,7 @@ from lorabatch.cluster.child import run_child
 from lorabatch.cluster.claims import DONE, Claim, died, is_done, owners, work_through
 from lorabatch.config import InferConfig
 from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UnavailableError, UsageError
+from lorabatch.infer.adapters import files_sha256
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import completion_record
 from lorabatch.infer.sink import write_openai_file
@@ -82,7 +83,7 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
     plan = {
         "schema_version": 1,
         "prompts_sha256": hub.file_sha256(Path(config.prompts)),
-        "adapters_sha256": {name: _weights_sha256(folder) for name, folder in _adapter_folders(config, prompts).items()},
+        "adapters_sha256": {name: files_sha256(folder) for name, folder in _adapter_folders(config, prompts).items()},
         "bounds": [i * num_prompts // shards for i in range(shards + 1)],
         "config": config_kept,
     }
@@ -109,12 +110,6 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
 def _adapter_folders(config: InferConfig, prompts: PromptFile) -> dict[str, Path]:
     alone = {"--adapter_dir": Path(config.adapter_dir)} if config.adapter_dir else {}
     return alone | prompts.adapters.folders
-
-
-def _weights_sha256(folder: Path) -> str | None:
-    """None where there is no such file: the process that loads the adapter says what is wrong."""
-    weights = folder / "adapter_model.safetensors"
-    return hub.file_sha256(weights) if weights.exists() else None
 
 
 class _Shard:

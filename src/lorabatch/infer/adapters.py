@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorabatch import hub
 from lorabatch.errors import DataError, UsageError, nearest
 
 
@@ -41,3 +42,9 @@ class AdapterNames:
         if name not in self.folders:
             raise DataError(f"unknown adapter '{name}' ({nearest(name, self.folders) if self.folders else 'no --adapters were given'})")
         return list(self.folders).index(name)
+
+
+def files_sha256(folder: Path) -> str:
+    """Identity of an adapter by its files, the configuration too: it holds alpha. A missing file is left to the one who loads it."""
+    files = (folder / "adapter_model.safetensors", folder / "adapter_config.json")
+    return " ".join(hub.file_sha256(path) for path in files if path.exists())

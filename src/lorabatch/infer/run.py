@@ -15,6 +15,7 @@ import numpy as np
 from lorabatch import hub
 from lorabatch.config import InferConfig
 from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UnavailableError, UsageError
+from lorabatch.infer.adapters import files_sha256
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import Request, completion_record
 from lorabatch.measure.environment import environment, gpu_description
@@ -117,7 +118,6 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
     from lorabatch.infer.runner import load_for_runner, programmed
     from lorabatch.model import load
     from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
-    from lorabatch.model.lora import WEIGHTS_FILE, linear_shapes, load_adapter
     from lorabatch.model.native import NativeModel
     from lorabatch.model.spec import spec_from_config
 
@@ -137,9 +137,7 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
 
     model = load_merged(adapter_dir)
     kernels = isinstance(model, NativeModel) and programmed(model.spec, dtype, device, quantize=config.quantize)
-    bank: tuple[LoraWeights, ...] = ()
-    if isinstance(model, NativeModel) and apart:
-        bank = tuple(load_adapter(d, linear_shapes(model.decoder), base_fingerprint=model.base_fingerprint) for d in names.folders.values())
+    bank, digests = _read_adapters(model, names, apart=apart)
     limit = min(model.max_positions, config.max_len or model.max_positions)
     adapter = str(adapter_dir) if adapter_dir else None
     run.save(
@@ -156,9 +154,25 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
     print(f"base {source.name} ({precision} on {device}, {threads} threads{words}), {_adapter_words(adapter, names, apart=apart)}")
     base = f"{source.name} {model.base_fingerprint or source.revision}"
     work_key = f"{base} {_adapter_key(model, adapter_dir)} {TYPE_NAMES[dtype]} {config.quantize} {limit} {config.long_prompt}"
-    work_key += "".join(f" {name}={hub.file_sha256(folder / WEIGHTS_FILE)}" for name, folder in names.folders.items())
+    work_key += "".join(f" {name}={digest}" for name, digest in zip(names.folders, digests, strict=True))
     work_key += "" if apart else " merged"  # rounds otherwise, so it is other work
     return _Loaded(model, tokenizer, load.end_tokens(source.path, model_config, tokenizer), adapter, bank, load_merged, work_key, limit)
+
+
+def _read_adapters(model: Any, names: AdapterNames, *, apart: bool) -> tuple[tuple[LoraWeights, ...], list[str]]:
+    """(those that stay apart, what each of --adapters is by content). All are checked against the base before anything is generated."""
+    from lorabatch.model.lora import linear_shapes, load_adapter
+
+    bank, digests = [], []
+    for folder in names.folders.values():
+        if model.backend == "hf":
+            digests.append(files_sha256(folder))
+            continue
+        weights = load_adapter(folder, linear_shapes(model.decoder), base_fingerprint=model.base_fingerprint)
+        digests.append(weights.digest())
+        if apart:
+            bank.append(weights)
+    return tuple(bank), digests
 
 
 def _adapter_words(merged: str | None, names: AdapterNames, *, apart: bool) -> str:
@@ -303,4 +317,4 @@ def _adapter_key(model: Any, adapter_dir: Path | None) -> str:
         return "base"
     if model.adapter is not None:
         return str(model.adapter.digest())
-    return hub.file_sha256(adapter_dir / "adapter_model.safetensors")
+    return files_sha256(adapter_dir)
