@@ -18,7 +18,7 @@ ALLOWED = {
     "train": {"base", "pure", "corpus", "hub", "model", "ceilings", "train"},
     "infer": {"base", "pure", "corpus", "hub", "kernels", "model", "ceilings", "infer"},
     "report": {"base", "pure", "report"},
-    "cluster": {"base", "pure", "hub", "infer", "cluster"},  # of infer, the prompt file and its records
+    "cluster": {"base", "pure", "hub", "train", "infer", "cluster"},  # of train and infer, the files of jobs and prompts
     "cli": {"base", "pure", "hub", "model", "ceilings", "train", "infer", "report", "cluster", "cli"},
 }
 # Longer than the budget on purpose: one funnel that reads from top to bottom.

@@ -179,6 +179,8 @@ def test_what_does_not_go_together_is_refused(place, tiny_llama_dir, tiny_neox_d
     refused(65, "cannot be read", "--jobs", "nowhere.jsonl")
     refused(64, "--lora_dropout and --checkpointing full", "--checkpointing", "full")
     assert not Path("together").exists()
+    assert main(["profile", *flags(tiny_llama_dir, "together", "--jobs", "jobs.jsonl"), "--profile_dir", "profile"]) == 64
+    assert "--jobs: profiles one run" in capsys.readouterr().err and not Path("profile").exists()
     refused(69, "does not know this kind of gpt_neox model", model=tiny_neox_dir)
     monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "2"} | dict.fromkeys(("RANK", "LOCAL_RANK"), "0"))
     monkeypatch.setattr(os, "environ", os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"})

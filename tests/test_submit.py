@@ -22,7 +22,7 @@ def project(tmp_path, monkeypatch):
     for folder in ("scripts", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "experiment.toml").write_text(EXPERIMENT)
-    (tmp_path / "sweep file.toml").write_text("[search]\nlr = [1e-4, 2e-4]\n")
+    (tmp_path / "sweep file.toml").write_text("[search]\nlr = [1e-4, 2e-4]\nseed = [1, 2, 3, 4]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nonexistent")
     return tmp_path

@@ -1,11 +1,22 @@
-"""Expansion of a search, and a leaderboard computed by hand."""
+"""Expansion of a search, trials that share a process, kills, and a leaderboard computed by hand."""
 
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cli import TEXTS
 
 from lorabatch.cli import main
-from lorabatch.cluster.sweep import as_markdown, expand, leaderboard, read_sweep
+from lorabatch.cluster.sweep import as_markdown, expand, grouped, leaderboard, read_sweep
+from lorabatch.config import TrainConfig
 from lorabatch.errors import LorabatchError
 
 
@@ -56,17 +67,123 @@ def test_a_wrong_file_is_one_line_before_anything_runs(tmp_path, capsys, text, w
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_another_sweep_is_refused(tmp_path):
-    from lorabatch.cluster.sweep import _keep_plan
+def test_a_folder_of_another_sweep_is_refused_and_the_tasks_it_began_with_stand(tmp_path):
+    from lorabatch.cluster.sweep import _kept_tasks
 
-    _keep_plan(tmp_path, {"trials": [1]})
-    _keep_plan(tmp_path, {"trials": [1]})
+    assert _kept_tasks(tmp_path, {"trials": [1, 2]}, [[0, 1]]) == [[0, 1]]
+    assert _kept_tasks(tmp_path, {"trials": [1, 2]}, [[0], [1]]) == [[0, 1]]
     with pytest.raises(LorabatchError, match="another sweep"):
-        _keep_plan(tmp_path, {"trials": [2]})
+        _kept_tasks(tmp_path, {"trials": [2]}, [[0]])
+
+
+# Tasks
+
+
+@given(st.lists(st.sampled_from(["fp32", "bf16"]), min_size=1, max_size=20), st.integers(1, 6))
+def test_tasks_hold_every_trial_once_alike_in_what_they_share_and_of_even_size(dtypes, most):
+    settings = [TrainConfig(dtype=dtype, lr=1e-4 * (i + 1), train_path=f"{i}.txt") for i, dtype in enumerate(dtypes)]
+    tasks = grouped(settings, most)
+    assert sorted(i for task in tasks for i in task) == list(range(len(dtypes)))
+    assert all(len({dtypes[i] for i in task}) == 1 for task in tasks)
+    for dtype in set(dtypes):
+        sizes = [len(task) for task in tasks if dtypes[task[0]] == dtype]
+        assert max(sizes) <= most and max(sizes) - min(sizes) <= 1 and len(sizes) == math.ceil(dtypes.count(dtype) / most)
+
+
+def sweep_of(tmp_path, model, search, **settings):
+    (tmp_path / "train.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    data = str(tmp_path / "train.txt")
+    values = {"base_model": str(model), "train_path": data, "val_path": data, "dtype": "fp32", "threads": 1, "batch_size": 3, "lora_r": 4}
+    text = "\n".join(f"{k} = {json.dumps(v)}" for k, v in (values | settings).items())
+    return sweep_file(tmp_path, f"[train]\n{text}\n[search]\n{search}\n")
+
+
+def sweep(file, folder, *more):
+    """The command in a process group of its own, its output in a file beside the folder."""
+    words = [sys.executable, "-m", "lorabatch", "sweep", file, "--output_dir", folder, *more]
+    with open(f"{folder}.log", "ab") as log:
+        return subprocess.Popen(
+            list(map(str, words)), stdout=log, stderr=log, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+
+
+def result_of(folder, trial):
+    """(what the task recorded, the folder of its run)."""
+    for path in folder.glob("tasks/*/DONE.json"):
+        trials = json.loads(path.read_text())["trials"]
+        if str(trial) in trials:
+            return trials[str(trial)], folder / trials[str(trial)]["run"]
+    raise AssertionError(f"no task recorded trial {trial}")
+
+
+@pytest.mark.slow
+def test_trials_of_a_task_are_their_runs_alone_and_one_that_breaks_is_failed_on_the_leaderboard(tiny_llama_dir, tmp_path, capsys):
+    file = sweep_of(tmp_path, tiny_llama_dir, "lr = [0.01, 1e30, 1e-6]\nlora_r = [4, 2]", max_steps=4)
+    folder = tmp_path / "sweep"
+    assert main(["sweep", str(file), "--output_dir", str(folder), "--runs_per_task", "4"]) == 0
+    assert json.loads((folder / "sweep.json").read_text())["tasks"] == [[0, 2, 4], [1, 3, 5]]
+    words = ["--base_model", tiny_llama_dir, "--train_path", tmp_path / "train.txt", "--val_path", tmp_path / "train.txt"]
+    words += ["--dtype", "fp32", "--threads", 1, "--batch_size", 3, "--max_steps", 4, "--lr", 0.01, "--lora_r", 2]
+    assert main(["train", *map(str, words), "--save_dir", str(tmp_path / "alone")]) == 0
+    result, _ = result_of(folder, 1)
+    assert result["value"] == pytest.approx(json.loads((tmp_path / "alone/metrics.json").read_text())["eval_loss"], rel=1e-6)
+    assert result_of(folder, 2)[0]["value"] is None and "is not finite" in result_of(folder, 2)[0]["error"]
+    board = json.loads((folder / "leaderboard.json").read_text())
+    assert [row["point"]["lr"] for row in board["rows"]] == [0.01, 0.01, 1e-6, 1e-6, 1e30, 1e30]
+    text = (folder / "LEADERBOARD.md").read_text()
+    assert text.count("failed") == 2 and board["rows"][0]["folders"][0] in text and (folder / board["rows"][0]["folders"][0]).is_dir()
+
+    done = {p: p.stat().st_mtime for p in folder.glob("tasks/*/DONE.json")}
+    assert main(["sweep", str(file), "--output_dir", str(folder), "--runs_per_task", "1"]) == 0
+    assert len(done) == 2 and all(p.stat().st_mtime == t for p, t in done.items()), "nothing is trained again"
+
+
+@pytest.mark.slow
+def test_a_base_that_cannot_be_shared_is_swept_one_trial_at_a_time(tiny_neox_dir, tmp_path, capsys):
+    file = sweep_of(tmp_path, tiny_neox_dir, "lr = [0.01, 1e-6]", max_steps=2, target_modules=["query_key_value"])
+    assert main(["sweep", str(file), "--output_dir", str(tmp_path / "sweep")]) == 69
+    assert "--runs_per_task 1" in capsys.readouterr().err
+    assert main(["sweep", str(file), "--output_dir", str(tmp_path / "again"), "--runs_per_task", "1"]) == 0
+    assert result_of(tmp_path / "again", 0)[0]["value"] < result_of(tmp_path / "again", 1)[0]["value"]
+
+
+@pytest.fixture(scope="module")
+def whole_sweep(tiny_llama_dir, tmp_path_factory):
+    """A sweep of four trials in one task that nothing stopped: (its file, its folder)."""
+    place = tmp_path_factory.mktemp("whole")
+    settings = {"epochs": 1000, "max_steps": 100, "save_every_steps": 5, "eval_every_steps": 50, "lora_dropout": 0.1}
+    file = sweep_of(place, tiny_llama_dir, "lr = [0.01, 0.001]\nseed = [1, 2]", **settings)
+    assert sweep(file, place / "sweep").wait(timeout=480) == 0, (place / "sweep.log").read_text()
+    return file, place / "sweep"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_sweep_stopped_in_the_middle_of_a_task_ends_with_the_same_bits(number, whole_sweep, tmp_path):
+    (file, whole), folder = whole_sweep, tmp_path / "sweep"
+    with sweep(file, folder) as process:
+        checkpoints = lambda: len(list(folder.glob("tasks/*/output-000/*/checkpoints/*/COMPLETE")))  # noqa: E731
+        end = time.monotonic() + 240
+        while checkpoints() < 8:  # two of each trial
+            assert time.monotonic() < end and process.poll() is None, Path(f"{folder}.log").read_text()
+            time.sleep(0.05)
+        (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+        assert process.wait(timeout=240) == (75 if number == signal.SIGTERM else -number), Path(f"{folder}.log").read_text()
+    assert not list(folder.glob("tasks/*/DONE.json"))
+    assert sweep(file, folder).wait(timeout=480) == 0, Path(f"{folder}.log").read_text()
+    for trial in range(4):
+        (ours, run), (theirs, reference) = result_of(folder, trial), result_of(whole, trial)
+        assert "output-001" in str(run) and json.loads((run / "run.json").read_text())["resumed"][0]["step"] > 0
+        assert ours["value"] == theirs["value"]
+        assert (run / "adapter_model.safetensors").read_bytes() == (reference / "adapter_model.safetensors").read_bytes()
+    assert (folder / "LEADERBOARD.md").read_text() == (whole / "LEADERBOARD.md").read_text().replace("output-000", "output-001")
+
+
+# The leaderboard
 
 
 def done(value, error=None):
-    return {"value": value, "error": error}
+    return {"value": value, "error": error, "run": "tasks/0000/output-000/0000"}
 
 
 def test_leaderboard_averages_over_seeds_with_student_s_interval():

@@ -112,6 +112,8 @@ def _profile_train(config: ProfileTrainConfig, extras: dict[str, Any], command: 
     from lorabatch.measure.profile import WARM_STEPS, profile_run
     from lorabatch.train.run import run_training
 
+    if config.jobs:
+        raise UsageError("profiles one run", where="--jobs", fix="leave it out, and give the settings of one of the runs as flags")
     folder = Path(config.profile_dir)
     steps = config.max_steps or WARM_STEPS + config.profile_steps
     short = replace(config, save_dir=str(folder / "run"), overwrite=True, max_steps=steps, max_val_documents=config.max_val_documents or 8)

@@ -191,9 +191,10 @@ class SweepConfig(Settings):
     """Train every point of a grid or random search once, shared between processes; ends with a leaderboard."""
 
     output_dir: str | None = setting(None, "folder of the sweep (default: results/sweep-<name of the file>)")
+    runs_per_task: int = setting(4, "trials that train over one base in one process; fixed when the sweep begins", minimum=1)
     no_cuda: bool = setting(False, "stay on the CPU")
     claim_timeout_s: int = setting(180, "take over from a process that was silent for this long", minimum=2)
-    leave_early: bool = setting(False, "end when no trial is left to claim; a later process writes the leaderboard")
+    leave_early: bool = setting(False, "end when no task is left to claim; a later process writes the leaderboard")
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,9 @@ class SubmitConfig(Settings):
     mem: str | None = setting(None, "memory per node, for example 24G (default: the job script's)")
     exclusive: bool = setting(False, "whole nodes, for measurements")
     array: int | None = setting(None, "array tasks that share the inference or the sweep (default: one job)", minimum=1)
+    runs_per_task: int | None = setting(
+        None, "sweep: trials that train over one base in one process (default: 4, or fewer so that every array task has some)", minimum=1
+    )
     parallel: int | None = setting(None, "array tasks that run at once (default: all)", minimum=1)
     shards: int | None = setting(None, "parts of the inference (default: 4 per array task)", minimum=1)
     run_dir: str | None = setting(None, "folder of everything (default: results/<what>-<time>)")

@@ -72,33 +72,33 @@ def test_a_pipeline_outlives_a_killed_array_task_and_a_poison_prompt(cluster, ex
 
 
 def test_sweep_of_four_is_cancelled_in_the_middle_goes_on_and_ranks_what_it_trained(cluster, experiment, tiny_llama_dir):
+    """Two array tasks, of two trials each over one base. One at a time, so that the cancellation finds one done and one not."""
     run, data = cluster.project / "results/sweep", cluster.project / "texts.txt"
     file = cluster.project / "sweep.toml"
     file.write_text(
         f'[train]\nbase_model = "{tiny_llama_dir}"\ntrain_path = "{data}"\nval_path = "{data}"\ndtype = "fp32"\nthreads = 1\n'
         "batch_size = 4\nmax_steps = 4\nlora_r = 2\n[search]\nlr = [1e-6, 0.02]\nseed = [1, 2]\n"
     )
-    flags = ["--sweep_file", file, "--device", "cpu", "--array", 2, "--cpus_per_task", 2, "--time", 20, "--run_dir", run]
+    flags = ["--sweep_file", file, "--device", "cpu", "--array", 2, "--parallel", 1, "--cpus_per_task", 2, "--time", 20, "--run_dir", run]
     assert cluster.lorabatch("submit", "sweep", *flags).returncode == 0
     first = json.loads((run / "jobs.json").read_text())["jobs"]
-    finished = lambda: len(list(run.glob("trials/*/DONE.json")))  # noqa: E731
-    cluster.until(lambda: finished() >= 1, "a finished trial")
+    cluster.until(lambda: list(run.glob("tasks/*/DONE.json")), "a finished task")
     cluster.run("scancel", *first.values())
     states = [state for _, state, _ in cluster.wait(first["sweep"])]
     assert states == ["CANCELLED by 0"] * 2 and "and Slurm ends this job" in cluster.logs(), (states, cluster.logs())
-    before = {p: p.stat().st_mtime for p in run.glob("trials/*/DONE.json")}
-    assert 1 <= len(before) < 4 and not (run / "LEADERBOARD.md").exists()
+    before = {p: p.stat().st_mtime for p in run.glob("tasks/*/DONE.json")}
+    assert len(before) == 1 and not (run / "LEADERBOARD.md").exists()
+    assert json.loads((run / "sweep.json").read_text())["tasks"] == [[0, 2], [1, 3]]
 
     assert cluster.lorabatch("submit", "sweep", *flags).returncode == 0
     again = json.loads((run / "jobs.json").read_text())["jobs"]
     assert cluster.wait(again["merge"]) == [(again["merge"], "COMPLETED", "0:0")]
-    assert all(p.stat().st_mtime == t for p, t in before.items()), "a finished trial was trained again"
+    assert all(p.stat().st_mtime == t for p, t in before.items()), "a finished task was trained again"
+    status = cluster.lorabatch("status", run)
+    assert status.returncode == 0 and "2 COMPLETED; 2 of 2 begun tasks done" in status.stdout, status.stdout
     board = json.loads((run / "leaderboard.json").read_text())
     assert [row["point"]["lr"] for row in board["rows"]] == [0.02, 1e-6]
     for row in board["rows"]:
-        folders = [run / f"trials/{i:04d}" for i in row["trials"]]
-        losses = [
-            json.loads((f / json.loads((f / "DONE.json").read_text())["run"] / "metrics.json").read_text())["eval_loss"] for f in folders
-        ]
+        losses = [json.loads((run / folder / "metrics.json").read_text())["eval_loss"] for folder in row["folders"]]
         assert row["runs"] == 2 and row["mean"] == pytest.approx(sum(losses) / 2)
         assert row["half_width"] == pytest.approx(12.706 * abs(losses[0] - losses[1]) / 2)

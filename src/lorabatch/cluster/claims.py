@@ -3,8 +3,8 @@
 File locks are silently missing on many Lustre, GPFS and NFS mounts; creating a file that must not exist
 yet is atomic on all of them. So a claim is a file ``claim-000`` with its owner in it. Its time stamp is the
 owner's heartbeat. When that stands still, another process takes over by creating ``claim-001``: exactly one
-thief succeeds, and nothing is ever removed or renamed. An owner that was only slow finds the newer claim
-and XX writes into a folder of its own, the two never write to the same file.
+thief succeeds, and nothing is ever removed or renamed. An owner that was only slow does no harm: each claim
+writes into a folder of its own.
 
     items/0007/claim-000   claim-001   DONE.json        taken over once, finished
 """

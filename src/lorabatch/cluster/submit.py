@@ -21,7 +21,7 @@ from lorabatch import slurm
 from lorabatch.cluster.claims import DONE
 from lorabatch.cluster.sites import check_rules, load_site, variables
 from lorabatch.cluster.sweep import planned_trials
-from lorabatch.config import InferConfig, SubmitConfig, TrainConfig
+from lorabatch.config import InferConfig, SubmitConfig, SweepConfig, TrainConfig
 from lorabatch.errors import UnavailableError, UsageError
 from lorabatch.records import read_json, write_json
 from lorabatch.settings import read_toml
@@ -104,8 +104,9 @@ def plan(what: str, config: SubmitConfig, experiment: str | None, run_dir: Path,
     if what == "sweep":
         if config.sweep_file is None:
             raise UsageError("needs the sweep's file", where="submit sweep", fix="add --sweep_file sweep.toml")
-        planned_trials(Path(config.sweep_file), no_cuda=config.device == "cpu")
-        words = ("sweep", config.sweep_file, "--output_dir", str(run_dir), *on_cpu)
+        num_trials = len(planned_trials(Path(config.sweep_file), no_cuda=config.device == "cpu")[1])
+        runs = config.runs_per_task or max(1, min(SweepConfig().runs_per_task, num_trials // (config.array or 1)))
+        words = ("sweep", config.sweep_file, "--output_dir", str(run_dir), "--runs_per_task", str(runs), *on_cpu)
         jobs += _array("sweep", config, options, script, words, ())
     if what == "pipeline":
         words = ("report", str(run_dir / "train"), str(run_dir / "infer"), "--output_dir", str(run_dir / "report"))
@@ -191,7 +192,7 @@ def _rows(*words: str) -> dict[str, str]:
 
 
 def _progress(run_dir: Path, name: str) -> str:
-    for folder in (run_dir / name / "shards", run_dir / "trials"):
+    for folder in (run_dir / name / "shards", run_dir / "tasks"):
         if name in ("infer", "sweep") and folder.is_dir():
             items = [p for p in folder.iterdir() if p.is_dir()]
             return f"; {sum((p / DONE).exists() for p in items)} of {len(items)} begun {folder.name} done"

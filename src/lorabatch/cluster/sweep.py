@@ -9,13 +9,17 @@
     lora_r = [8, 16]
     seed = [1, 2, 3]                     # repetitions: the leaderboard averages over them
 
-Every process runs the same command: trials are claimed as the shards of an inference are, a trial that was
-stopped goes on from its checkpoint, and whoever sees the last one done writes the leaderboard.
+Trials that agree in base, type and device are put into tasks: ``--runs_per_task`` of them train over one base in one
+process (``lorabatch train --jobs``). Every process runs the same command: tasks are claimed as the shards of an inference
+are, a trial that was stopped goes on from its checkpoint, and whoever sees the last task done writes the leaderboard.
+
+    sweep.json   tasks/0001/claim-000   tasks/0001/output-000/0003/adapter_model.safetensors   tasks/0001/DONE.json
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import sys
@@ -23,14 +27,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorabatch.cluster.child import run_child
-from lorabatch.cluster.claims import DONE, Claim, owners, work_through
+from lorabatch.cluster.child import Ended, run_child
+from lorabatch.cluster.claims import DONE, Claim, is_done, owners, work_through
 from lorabatch.config import SweepConfig, TrainConfig
 from lorabatch.errors import DataError, InterruptedRun, UnavailableError, UsageError, nearest
 from lorabatch.measure.statistics import mean, standard_deviation
 from lorabatch.records import read_json, utc_now, write_json
-from lorabatch.settings import Settings, typed_settings
+from lorabatch.settings import typed_settings
 from lorabatch.signals import StopSignals
+from lorabatch.train.jobfile import SHARED
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,29 +55,33 @@ def run_sweep(file: str, config: SweepConfig) -> int:
     """
     sweep, trials, settings = planned_trials(Path(file), no_cuda=config.no_cuda)
     folder = Path(config.output_dir or f"results/sweep-{Path(file).stem}")
-    _keep_plan(folder, {"schema_version": 1, "sweep": sweep, "trials": trials})
-    folders = [folder / "trials" / f"{i:04d}" for i in range(len(trials))]
+    tasks = _kept_tasks(folder, {"schema_version": 2, "sweep": sweep, "trials": trials}, grouped(settings, config.runs_per_task))
+    folders = [folder / "tasks" / f"{i:04d}" for i in range(len(tasks))]
     with StopSignals() as signals:
 
         def work(index: int, claim: Claim) -> None:
-            _trial(claim, settings[index], sweep["metric"], signals)
-            print(f"trial {index} {trials[index]} done", flush=True)
+            _Task(claim, {i: trials[i] for i in tasks[index]}, settings[tasks[index][0]], sweep["metric"], signals).complete()
+            print(
+                f"task {index} (trials {', '.join(map(str, tasks[index]))}) done; {sum(map(is_done, folders))} of {len(folders)}",
+                flush=True,
+            )
 
         left = work_through(
             folders, work, timeout_s=config.claim_timeout_s, wait=not config.leave_early, stop_requested=lambda: bool(signals)
         )
         if left and signals:
-            raise InterruptedRun(f"stopped; {left} trials left", where=folder, fix="run the same command again")
+            raise InterruptedRun(f"stopped; {left} of {len(tasks)} tasks left", where=folder, fix="run the same command again")
     if left:
-        print(f"nothing left to claim; {left} trials with {', '.join(owners(folders)) or 'nobody'}")
+        print(f"nothing left to claim; {left} tasks with {', '.join(owners(folders)) or 'nobody'}")
         return 0
-    board = leaderboard(trials, [read_json(f / DONE) for f in folders], sweep["metric"])
+    results = {int(trial): result for f in folders for trial, result in read_json(f / DONE)["trials"].items()}
+    board = leaderboard(trials, [results[i] for i in range(len(trials))], sweep["metric"])
     write_json(folder / "leaderboard.json", board)
     text = as_markdown(board)
     (folder / "LEADERBOARD.md").write_text(text, encoding="utf-8")
     print(text + f"\n{folder / 'LEADERBOARD.md'}")
     if not any(row["runs"] for row in board["rows"]):
-        raise DataError("every trial failed", where=folder, fix=f"see {folder}/trials/*/DONE.json")
+        raise DataError("every trial failed", where=folder, fix=f"see {folder}/tasks/*/DONE.json")
     return 0
 
 
@@ -133,31 +142,74 @@ def _draw(name: str, space: Any, generator: random.Random) -> Any:
     return round(value) if isinstance(space["min"], int) and isinstance(space["max"], int) else float(f"{value:.4g}")
 
 
-def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
+def grouped(settings: Sequence[TrainConfig], most: int) -> list[list[int]]:
+    """The trials of each task by number: at most ``most``, about as many in each, alike in what runs over one base share."""
+    alike: dict[str, list[int]] = {}
+    for index, config in enumerate(settings):
+        alike.setdefault(str([getattr(config, name) for name in SHARED]), []).append(index)
+    counts = {key: math.ceil(len(same) / most) for key, same in alike.items()}
+    return [same[start :: counts[key]] for key, same in alike.items() for start in range(counts[key])]
+
+
+def _kept_tasks(folder: Path, plan: dict[str, Any], tasks: list[list[int]]) -> list[list[int]]:
+    """The tasks that the sweep began with: ``tasks`` if it begins now. UsageError if the folder holds another sweep."""
     path = folder / "sweep.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_json(path, plan)  # processes that start at once write the same
+            write_json(path, plan | {"tasks": tasks})  # processes that start at once write the same
     except OSError as error:
         raise UnavailableError(f"cannot write there ({error.strerror})", where=folder, fix="choose another --output_dir") from None
-    if read_json(path) != plan:
+    found = read_json(path)
+    begun: list[list[int]] = found.pop("tasks", [])
+    if found != plan:
         raise UsageError("holds another sweep", where=path, fix="choose another --output_dir")
+    return begun
 
 
-def _trial(claim: Claim, settings: Settings, metric: str, signals: StopSignals) -> None:
-    """Train one trial in a child; what an abandoned claim saved is where it goes on."""
-    claim.outputs.mkdir(exist_ok=True)
-    run = claim.outputs / "run"
-    path = claim.outputs / "settings.toml"
-    path.write_text(settings.to_toml(), encoding="utf-8")
-    earlier = [p for g in range(claim.generation) if (p := claim.folder / f"output-{g:03d}" / "run").is_dir()]
-    resume = str(earlier[-1]) if earlier and not run.exists() and any(earlier[-1].glob("checkpoints/*")) else "auto"
-    ended = run_child(["train", "--config", path, "--save_dir", run, "--resume", resume], claim.outputs / "log.txt", signals)
-    ended.raise_mistake()
-    value = read_json(run / "metrics.json").get(metric) if ended.code == 0 else None
-    reason = ended.reason if ended.code else None if value is not None else f"metrics.json has no {metric}"
-    claim.finish({"value": value, "error": reason, "run": str(run.relative_to(claim.folder)), "at": utc_now()})
+class _Task:
+    """Some trials, trained under one claim. ``trials``: number -> values; ``shared``: settings of one of them."""
+
+    def __init__(
+        self, claim: Claim, trials: Mapping[int, Mapping[str, Any]], shared: TrainConfig, metric: str, signals: StopSignals
+    ) -> None:
+        self._claim, self._trials, self._metric, self._signals = claim, trials, metric, signals
+        claim.outputs.mkdir(exist_ok=True)
+        self._settings = claim.outputs / "settings.toml"
+        self._settings.write_text(shared.to_toml(), encoding="utf-8")
+
+    def complete(self) -> None:
+        """Train all in one process. One that does not complete there is tried once alone: it may only be the victim of another."""
+        results = self._train(list(self._trials))
+        for trial, result in results.items():
+            if result["value"] is None and len(results) > 1:
+                results |= self._train([trial])
+            print(f"trial {trial} {self._trials[trial]}: {results[trial]['error'] or results[trial]['value']}", flush=True)
+        self._claim.finish({"trials": results, "at": utc_now()})
+
+    def _train(self, trials: list[int]) -> dict[int, dict[str, Any]]:
+        outputs = self._claim.outputs
+        jobs = outputs / "jobs.jsonl"
+        jobs.write_text("".join(json.dumps(self._job(trial)) + "\n" for trial in trials), encoding="utf-8")
+        words: list[str | Path] = ["train", "--config", self._settings, "--jobs", jobs, "--save_dir", outputs, "--resume", "auto"]
+        ended = run_child(words, outputs / "log.txt", self._signals)
+        ended.raise_mistake()
+        return {trial: self._result(outputs / f"{trial:04d}", ended) for trial in trials}
+
+    def _job(self, trial: int) -> dict[str, Any]:
+        """Its line of the jobs file; what an abandoned claim saved of it is where it goes on."""
+        claim, name = self._claim, f"{trial:04d}"
+        values = {k: v for k, v in self._trials[trial].items() if k not in SHARED}
+        earlier = [p for g in range(claim.generation) if any((p := claim.folder / f"output-{g:03d}" / name).glob("checkpoints/*"))]
+        return {"name": name, **values, **({"resume": str(earlier[-1])} if earlier and not (claim.outputs / name).exists() else {})}
+
+    def _result(self, run: Path, ended: Ended) -> dict[str, Any]:
+        record = read_json(run / "run.json") if (run / "run.json").exists() else {}
+        value, error = None, record.get("error") or ended.reason
+        if record.get("status") == "completed":
+            value = read_json(run / "metrics.json").get(self._metric)
+            error = None if value is not None else f"metrics.json has no {self._metric}"
+        return {"value": value, "error": error, "run": str(run.relative_to(self._claim.folder.parents[1]))}
 
 
 def leaderboard(trials: Sequence[Mapping[str, Any]], done: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
@@ -165,12 +217,13 @@ def leaderboard(trials: Sequence[Mapping[str, Any]], done: Sequence[Mapping[str,
     groups: dict[str, dict[str, Any]] = {}
     for index, (values, record) in enumerate(zip(trials, done, strict=True)):
         point = {k: v for k, v in values.items() if k != "seed"}
-        row = groups.setdefault(str(point), {"point": point, "values": [], "trials": [], "errors": []})
+        row = groups.setdefault(str(point), {"point": point, "values": [], "trials": [], "folders": [], "errors": []})
         row["trials"].append(index)
         if record["value"] is None:
             row["errors"].append(record["error"])
         else:
             row["values"].append(record["value"])
+            row["folders"].append(record["run"])
     rows = []
     for row in groups.values():
         values = row.pop("values")
@@ -198,6 +251,7 @@ def as_markdown(board: Mapping[str, Any]) -> str:
         lines.append(f"| {rank} | {points} | {value} | {half} | {row['runs']} | {note.replace('|', '/')} |")
     several = any(row["half_width"] is not None for row in rows)
     lines.append("\n± " + (f"is half of the {board['interval']}." if several else "needs two seeds or more: [search] seed = [1, 2, 3]."))
+    lines += [f"Adapters of the first row, beside this file: {', '.join(rows[0]['folders'])}"] if rows and rows[0]["folders"] else []
     return "\n".join(lines) + "\n"
 
 

@@ -36,6 +36,7 @@ class Base:
     """What is there once, however many runs share it."""
 
     model: Any
+    several: bool  # runs over it
     source: ModelSource
     device: torch.device
     dtype: torch.dtype
@@ -99,7 +100,7 @@ class Job:
 
     def steps(self) -> Steps:
         """The run for ``drive``; returns None, or the LorabatchError that ended it. The others go on."""
-        model: LossModel = OneOfSeveral(self.base.model, self.learner.adapters) if self.name else self.base.model
+        model: LossModel = OneOfSeveral(self.base.model, self.learner.adapters) if self.base.several else self.base.model
         try:
             yield from self._steps(model)
             self.run.finish("completed")

@@ -21,7 +21,7 @@ from lorabatch.settings import typed_values
 # Of the process and its one base, or of all folders at once.
 SHARED = (
     *("base_model", "dtype", "load_in_4bit", "load_in_8bit", "backend", "no_cuda", "threads", "block_tokens", "checkpointing"),
-    *("jobs", "save_dir", "overwrite", "resume", "resume_anyway", "time_limit", "shard_base", "rank_timeout"),
+    *("jobs", "save_dir", "overwrite", "resume_anyway", "time_limit", "shard_base", "rank_timeout"),
 )
 
 

@@ -105,8 +105,9 @@ def _plans(config: TrainConfig, folder: Path) -> list[_Plan]:
     if config.jobs:
         from lorabatch.train.ranks import find_place
 
-        check_shared(config, several_ranks=find_place(os.environ) is not None)
         configs = read_jobs(Path(config.jobs), config, folder)
+        if len(configs) > 1:
+            check_shared(config, several_ranks=find_place(os.environ) is not None)
     read = functools.cache(lambda path, txt_format, field: read_documents(Path(path), txt_format=txt_format, text_field=field))
     return [
         _Plan(
@@ -125,15 +126,15 @@ def _run_all(plans: list[_Plan], command: list[str], work: _Work) -> int:
         "kind": "train",
         "folder_flag": "--save_dir",
         "overwrite": work.config.overwrite,
-        "resume": work.config.resume is not None,
     }
     for plan in plans:  # a refusal changes none of them
-        RunFolder.check(plan.folder, **flags)
+        RunFolder.check(plan.folder, resume=plan.config.resume is not None, **flags)
     here = environment()
     runs: list[RunFolder] = []
     try:
         for plan in plans:
-            runs.append(RunFolder.create(plan.folder, config=plan.config.to_dict(), command=command, environment=here, **flags))
+            flags |= {"config": plan.config.to_dict(), "resume": plan.config.resume is not None}
+            runs.append(RunFolder.create(plan.folder, command=command, environment=here, **flags))
         errors = [error for error in _train(plans, runs, work) if error]
     except BaseException as error:
         for run in runs:
@@ -198,19 +199,19 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
             tokenizer = load.load_tokenizer(source.path)
             model_config = load.load_config(source.path)
             corpora = _tokenise(plans, model_config, tokenizer)
-        if config.jobs and spec_from_config(model_config) is None:
+        if len(plans) > 1 and spec_from_config(model_config) is None:
             raise UnavailableError(
                 f"the native decoder does not know this kind of {model_config.model_type} model, and only it takes several adapters",
                 where="--jobs",
-                fix="train them one by one",
+                fix="train them one by one (a sweep: with --runs_per_task 1)",
             )
         with phases.measured("load_s"):
             model: Any = load.load_model(
                 source, model_config, backend=config.backend, dtype=dtype, device=device, product=_product(config, ranks)
             )
-            base = Base(model, source, device, dtype, threads, ranks, work.signals, work.deadline, sampler, phases.seconds)
+            base = Base(model, len(plans) > 1, source, device, dtype, threads, ranks, work.signals, work.deadline, sampler, phases.seconds)
             jobs = [Job(base, p.name, *rest) for p, *rest in zip(plans, runs, (p.config for p in plans), corpora, found, strict=True)]
-            configure(model, config)
+            configure(model, plans[0].config)
             largest = replace(config, lora_r=max(p.config.lora_r for p in plans), max_len=max(p.config.max_len for p in plans))
             planned = plan(model, largest, sum(job.learner.adapters.num_params for job in jobs))
         machine = {
@@ -235,7 +236,7 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
         ranks.wait_for_loading()
         steps, done = (sum(n) for n in zip(*((job.planned_steps, job.learner.state.step) for job in jobs), strict=True))
         base.progress = Progress(steps, unit="step", description="train", done=done)
-        gradients = together(model, {job.learner: job.terms for job in jobs}) if config.jobs else alone(model, ranks)
+        gradients = together(model, {job.learner: job.terms for job in jobs}) if base.several else alone(model, ranks)
         try:
             return drive([Lane(job.learner, job.steps()) for job in jobs], gradients)
         finally:
