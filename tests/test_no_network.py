@@ -1,4 +1,4 @@
-"""Train and infer with every way to a network shut: no name is looked up, no socket but AF_UNIX connects."""
+"""Every command of a cluster's day with every way to a network shut: no name is looked up, no socket but AF_UNIX connects."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src"
 # An audit hook sees what Python code asks of the network before it happens, and cannot be removed again.
-SHUT = """
+GUARD = """
 import socket, sys
 def guard(event, args):
     if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.sendto") or (
@@ -18,50 +18,56 @@ def guard(event, args):
         print("NETWORK", event, args[1:], file=sys.stderr)
         raise PermissionError(f"the network is shut: {event}")
 sys.addaudithook(guard)
-from lorabatch.cli import main
-sys.exit(main(sys.argv[1:]))
 """
 
 
-def run(words, home):
-    environment = {"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin", "HOME": str(home), "HF_HOME": str(home / "hf")}
-    command = [sys.executable, "-c", SHUT, *map(str, words)]
+def python(words, home):
+    """Python with a sitecustomize that shuts off it and its children."""
+    (home / "shut").mkdir(exist_ok=True)
+    (home / "shut/sitecustomize.py").write_text(GUARD)
+    environment = {"PYTHONPATH": f"{home / 'shut'}:{SRC}", "PATH": "/usr/bin:/bin", "HOME": str(home), "HF_HOME": str(home / "hf")}
+    command = [sys.executable, *map(str, words)]
     isolated = ["unshare", "--net", "--map-root-user"]  # no interface at all, where the system lets us
     if subprocess.run([*isolated, "true"], capture_output=True).returncode == 0:
         command = [*isolated, *command]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_the_guard_itself_shuts_the_network(tmp_path):
-    probe = SHUT.replace("sys.exit(main(sys.argv[1:]))", "socket.create_connection(('127.0.0.1', 9))")
-    done = subprocess.run([sys.executable, "-c", probe], env={"PYTHONPATH": str(SRC)}, capture_output=True, text=True, timeout=120)
+def test_the_guard_itself_shuts_the_network_for_children_too(tmp_path):
+    child = "import socket; socket.create_connection(('127.0.0.1', 9))"
+    done = python(["-c", f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {child!r}]).returncode)"], tmp_path)
     assert done.returncode == 1 and "the network is shut" in done.stderr
 
 
 @pytest.mark.slow
-def test_train_infer_and_report_never_touch_the_network_although_nothing_says_offline(tiny_llama_dir, tmp_path):
-    texts = tmp_path / "texts.txt"
+def test_the_whole_path_never_touches_the_network_although_nothing_says_offline(tiny_llama_dir, tmp_path):
+    texts, lora, out = tmp_path / "texts.txt", tmp_path / "lora", tmp_path / "out"
     texts.write_text("\n".join(f"The patient in bed {i} slept well." for i in range(8)) + "\n")
     common = ["--base_model", tiny_llama_dir, "--dtype", "fp32", "--threads", 1]
-    data = ["--train_path", texts, "--val_path", texts, "--max_steps", 2, "--batch_size", 4]
+    settings = {"base_model": str(tiny_llama_dir), "train_path": str(texts), "val_path": str(texts), "dtype": "fp32", "threads": 1}
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        "[train]\nmax_steps = 1\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in settings.items()) + "[search]\nseed = [1, 2]\n"
+    )
+    infer = ["infer", *common, "--adapter_dir", lora, "--prompts", texts, "--max_new_tokens", 4]
     steps = {
-        "train": ["train", *common, *data, "--save_dir", tmp_path / "lora"],
-        "infer": [
-            "infer",
-            *common,
-            "--adapter_dir",
-            tmp_path / "lora",
-            "--prompts",
-            texts,
-            "--output_dir",
-            tmp_path / "out",
-            "--max_new_tokens",
-            4,
-        ],
-        "report": ["report", tmp_path / "lora", tmp_path / "out", "--output_dir", tmp_path / "report"],
+        "doctor": ["doctor", "--no_cuda", "--output_dir", tmp_path, "--base_model", tiny_llama_dir],
+        "train": ["train", *common, "--train_path", texts, "--val_path", texts, "--max_steps", 2, "--batch_size", 4, "--save_dir", lora],
+        "infer": [*infer, "--output_dir", out],
+        "shards and their merge": [*infer, "--output_dir", tmp_path / "sharded", "--shards", 2],
+        "sweep": ["sweep", file, "--output_dir", tmp_path / "sweep"],
+        "merge": ["merge", "--base_model", tiny_llama_dir, "--adapter_dir", lora, "--output_dir", tmp_path / "merged"],
+        "stage": ["stage", tiny_llama_dir, tmp_path / "staged", "--verify"],
+        "report": ["report", lora, out, tmp_path / "sharded", "--output_dir", tmp_path / "report"],
     }
     for name, words in steps.items():
-        done = run(words, tmp_path)
-        assert done.returncode == 0 and "NETWORK" not in done.stderr, f"{name}: {done.stderr}"
-    assert len((tmp_path / "out/completions.jsonl").read_text().splitlines()) == 8
-    assert json.loads((tmp_path / "lora/run.json").read_text())["status"] == "completed"
+        done = python(["-m", "lorabatch", *words], tmp_path)
+        assert done.returncode == 0 and "NETWORK" not in done.stderr, f"{name}: {done.stdout}{done.stderr}"
+    assert json.loads((lora / "run.json").read_text())["status"] == "completed"
+    whole, sharded = (
+        [json.loads(line) for line in (f / "completions.jsonl").read_text().splitlines()] for f in (out, tmp_path / "sharded")
+    )
+    assert len(whole) == 8 and {r["id"]: r["text"] for r in whole} == {r["id"]: r["text"] for r in sharded}
+    assert json.loads((tmp_path / "sweep/leaderboard.json").read_text())["rows"][0]["runs"] == 2
+    logs = [p.read_text() for p in tmp_path.rglob("log.txt")]
+    assert len(logs) == 3 and not any("NETWORK" in log for log in logs), "of the processes that shards and tasks run in"
