@@ -186,17 +186,27 @@ def done(value, error=None):
     return {"value": value, "error": error, "run": "tasks/0000/output-000/0000"}
 
 
-def test_leaderboard_averages_over_seeds_with_student_s_interval():
+def test_leaderboard_averages_over_seeds_with_student_s_interval_and_compares_seed_by_seed():
     points = [{"lr": lr, "seed": s} for lr in (0.1, 0.2, 0.3, 0.4) for s in (1, 2, 3)]
-    values = [3.0, 3.2, 3.4, 1.0, 1.1, 1.2, 1.05, 1.3, 1.25, None, None, None]
+    values = [2.9, 2.0, 1.2, 1.0, 2.1, 1.4, 1.1, 2.15, 1.5, None, None, None]
     board = leaderboard(points, [done(v, None if v else "exit code 70: loss") for v in values], "eval_loss")
     assert [row["point"]["lr"] for row in board["rows"]] == [0.2, 0.3, 0.1, 0.4]
-    best = board["rows"][0]
-    assert best["mean"] == pytest.approx(1.1) and best["trials"] == [3, 4, 5]
-    assert best["half_width"] == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    best, second = board["rows"][:2]
+    assert best["mean"] == pytest.approx(1.5) and best["trials"] == [3, 4, 5]
+    assert best["half_width"] == pytest.approx(4.303 * math.sqrt(0.31) / math.sqrt(3))
+    assert second["behind"] == pytest.approx(0.25 / 3)
+    assert second["behind_half_width"] == pytest.approx(4.303 * math.sqrt(0.0025 / 3) / math.sqrt(3))
     text = as_markdown(board).splitlines()
-    assert "| 1 | 0.2 | 1.1000 | 0.2484 | 3 |  |" in text
-    assert "not told apart" in text[3] and "not told apart" not in text[4] and "exit code 70" in text[5]
+    assert "| 1 | 0.2 | 1.5000 | 1.3832 |  | 3 |  |" in text
+    assert "| 2 | 0.3 | 1.5833 | 1.3165 | 0.0833 ± 0.0717 | 3 |  |" in text, "far within its own interval, and yet behind with every seed"
+    assert "not told apart" in text[4] and "failed" in text[5] and "exit code 70" in text[5]
+
+
+def test_seeds_that_failed_are_left_out_of_the_comparison():
+    points = [{"lr": lr, "seed": s} for lr in (0.1, 0.2) for s in (1, 2, 3)]
+    board = leaderboard(points, [done(v, None if v else "lost") for v in (1.0, 2.0, 3.0, None, 2.5, 3.4)], "eval_loss")
+    second = board["rows"][1]
+    assert second["runs"] == 2 and second["behind"] == pytest.approx(0.45) and second["errors"] == ["lost"]
 
 
 def test_one_seed_has_no_interval():
