@@ -112,6 +112,23 @@ def test_every_request_gets_its_adapter(tiny_llama_dir, tmp_path, adapters, runn
     assert len({together[f"{name}-0"]["text"] for name in ("cardio", None, "onco")}) == 3, "the adapters change the text"
 
 
+def test_one_adapter_after_the_other_unless_asked(tiny_llama_dir, tmp_path, adapters):
+    """A step then reads few of them; the texts do not depend on it."""
+    bank, rows = ["--adapters", *(f"{name}={folder}" for name, folder in adapters.items())], rows_for(("onco", "cardio"))
+    sorted_, arrival = (infer(tiny_llama_dir, rows, tmp_path / o, *bank, "--order", o, "--batch_size", "1") for o in ("auto", "arrival"))
+    assert [r["adapter"] for r in sorted_.values()] == ["cardio"] * 3 + ["onco"] * 3
+    assert [r["adapter"] for r in arrival.values()] == ["onco", "cardio"] * 3
+    assert {k: r["text"] for k, r in sorted_.items()} == {k: r["text"] for k, r in arrival.items()}
+
+
+def test_adapters_that_do_not_fit_in_memory_are_refused(tiny_llama_dir, tmp_path, adapters, monkeypatch, capsys):
+    monkeypatch.setattr("lorabatch.infer.session.free_bytes", lambda device: 10_000)
+    (tmp_path / "p.txt").write_text("a\n", encoding="utf-8")
+    flags = ["infer", "--base_model", str(tiny_llama_dir), "--prompts", str(tmp_path / "p.txt"), "--output_dir", str(tmp_path / "out")]
+    assert main([*flags, "--adapters", *(f"{name}={folder}" for name, folder in adapters.items())]) == 69
+    assert "2 adapters take" in (said := capsys.readouterr().err) and "--adapter_mode merge" in said
+
+
 def test_what_cannot_be_is_said_in_one_line(tiny_llama_dir, tmp_path, adapters, capsys):
     folder = adapters["cardio"]
     (tmp_path / "p.txt").write_text("a\n", encoding="utf-8")

@@ -44,7 +44,7 @@ install() {
             "${pip[@]}" $TORCH transformers==5.5.4 'huggingface-hub<1.22' requests openvino==2026.4.1 openvino-tokenizers==2026.4.1.0 \
                 openvino-genai==2026.4.1.0 nncf==3.4.0 safetensors onnx
             ;;
-        transformers) "${pip[@]}" $TORCH transformers==5.23.0 accelerate==1.15.0 ;;
+        transformers) "${pip[@]}" $TORCH transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 ;; # peft: peer_peft.py, for benchmarks/adapters.py
         ctranslate2) "${pip[@]}" $TORCH ctranslate2==4.8.5 transformers==5.23.0 ;;
         vllm)
             "${pip[@]}" $TORCH

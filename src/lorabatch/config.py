@@ -140,7 +140,11 @@ class InferConfig(Settings):
         "--adapters: mixed batches, or merge each in turn (another rounding; pays with many requests each)",
         choices=("mixed", "merge"),
     )
-    order: str = setting("arrival", "which requests run first; results are the same", choices=("arrival", "longest", "adapter"))
+    order: str = setting(
+        "auto",
+        "which requests run first; results are the same (auto: by adapter if there are --adapters, else arrival)",
+        choices=("auto", "arrival", "longest", "adapter"),
+    )
     speculate: int = setting(0, "tokens guessed ahead from the text itself (greedy requests; results are the same)", minimum=0, maximum=32)
 
     dtype: str = setting("auto", "type of weights and KV cache", choices=DTYPES)

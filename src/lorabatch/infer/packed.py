@@ -57,7 +57,7 @@ def _whole(count: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class LowRankBank:
-    """The adapters of one part of a layer, side by side: packed A [adapters, rank, I] and B [adapters, O, rank], the scale in B."""
+    """The adapters of one part of a layer, one behind the other: packed A [adapters * rank, I] and B [adapters * O, rank] in whole panels, the scale in B."""
 
     a: Tensor
     b: Tensor
@@ -71,12 +71,11 @@ def low_rank_bank(part: Part, in_features: int, adapters: Sequence[LoraWeights],
     if not rank:
         return None
     vectors = PANEL // 16 if _whole(rank, 16) % PANEL == 0 else 1  # rank 16 would waste two thirds of a wide panel
-    a_bank, b_bank = [], []
-    for adapter in adapters:
-        a, b = torch.zeros(rank, in_features), torch.zeros(part.stop - part.start, rank)
+    out_features, count = part.stop - part.start, len(adapters)
+    a = torch.zeros(count, _whole(rank, vectors * 16), in_features, dtype=dtype)  # whole panels each, so that one packing does all
+    b = torch.zeros(count, _whole(out_features, PANEL), rank, dtype=dtype)
+    for i, adapter in enumerate(adapters):
         if part.path in adapter.pairs:
             own_a, own_b = adapter.scaled(part.path)
-            a[: len(own_a)], b[:, : len(own_a)] = own_a, own_b
-        a_bank.append(_panels(a.to(dtype), vectors * 16))
-        b_bank.append(_panels(b.to(dtype)))
-    return LowRankBank(torch.stack(a_bank), torch.stack(b_bank), rank, vectors)
+            a[i, : len(own_a)], b[i, :out_features, : len(own_a)] = own_a, own_b
+    return LowRankBank(_panels(a.flatten(0, 1), vectors * 16), _panels(b.flatten(0, 1)), rank, vectors)

@@ -89,6 +89,7 @@ class _Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.turn = 0  # of adapters that are merged; what the later ones take is listed as "turns"
         self._last = time.perf_counter()
 
     def begin(self) -> None:
@@ -96,7 +97,7 @@ class _Phases:
         self._last = time.perf_counter()
 
     def end(self, name: str) -> None:
-        now = time.perf_counter()
+        now, name = time.perf_counter(), "turns" if self.turn else name
         self.seconds[name], self._last = self.seconds.get(name, 0.0) + now - self._last, now
 
 
@@ -109,6 +110,7 @@ class _Loaded:
     eos_ids: frozenset[int]
     adapter: str | None
     bank: tuple[LoraWeights, ...]  # of --adapters, in their order; empty if they are merged
+    bank_bytes: int  # of the bank in the type of the run
     merged: Callable[[Path], Any]  # the model with the adapter of a folder merged in
     work_key: str  # what, besides a request itself, its completion depends on
     limit: int  # positions of prompt and completion together
@@ -138,6 +140,7 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
     model = load_merged(adapter_dir)
     kernels = isinstance(model, NativeModel) and programmed(model.spec, dtype, device, quantize=config.quantize)
     bank, digests = _read_adapters(model, names, apart=apart)
+    bank_bytes = sum(w.num_params for w in bank) * dtype.itemsize
     limit = min(model.max_positions, config.max_len or model.max_positions)
     adapter = str(adapter_dir) if adapter_dir else None
     run.save(
@@ -151,12 +154,13 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
     )
     precision = TYPE_NAMES[dtype] if config.quantize == "none" else f"{config.quantize} weights, {TYPE_NAMES[dtype]} cache"
     words = ", own kernels" if kernels else ""
-    print(f"base {source.name} ({precision} on {device}, {threads} threads{words}), {_adapter_words(adapter, names, apart=apart)}")
+    print(f"base {source.name} ({precision} on {device}, {threads} threads{words}), {_adapter_words(adapter, names, bank_bytes)}")
     base = f"{source.name} {model.base_fingerprint or source.revision}"
     work_key = f"{base} {_adapter_key(model, adapter_dir)} {TYPE_NAMES[dtype]} {config.quantize} {limit} {config.long_prompt}"
     work_key += "".join(f" {name}={digest}" for name, digest in zip(names.folders, digests, strict=True))
     work_key += "" if apart else " merged"  # rounds otherwise, so it is other work
-    return _Loaded(model, tokenizer, load.end_tokens(source.path, model_config, tokenizer), adapter, bank, load_merged, work_key, limit)
+    eos_ids = load.end_tokens(source.path, model_config, tokenizer)
+    return _Loaded(model, tokenizer, eos_ids, adapter, bank, bank_bytes, load_merged, work_key, limit)
 
 
 def _read_adapters(model: Any, names: AdapterNames, *, apart: bool) -> tuple[tuple[LoraWeights, ...], list[str]]:
@@ -175,9 +179,9 @@ def _read_adapters(model: Any, names: AdapterNames, *, apart: bool) -> tuple[tup
     return tuple(bank), digests
 
 
-def _adapter_words(merged: str | None, names: AdapterNames, *, apart: bool) -> str:
+def _adapter_words(merged: str | None, names: AdapterNames, bank_bytes: int) -> str:
     if names.folders:
-        return f"{len(names.folders)} adapters, {'unmerged, chosen by each request' if apart else 'merged in turn'}"
+        return f"{len(names.folders)} adapters, {f'unmerged ({bank_bytes / 1e6:.0f} MB), chosen by each request' if bank_bytes else 'merged in turn'}"
     return f"adapter {merged} merged" if merged else "no adapter"
 
 
@@ -205,6 +209,7 @@ def _infer(
                 phases.end("load")
                 passes += work.run(model, mask, phases, signals)
                 phases.begin()
+                phases.turn += 1
                 if signals:
                     break
             work.progress.close()
@@ -214,7 +219,6 @@ def _infer(
         sink.write_openai_file(
             run.path / "batch_output.jsonl", completions, model=source.name, created=int(time.time()), adapters=prompts.adapters.folders
         )
-    adapter_bytes = [sum(t.numel() * loaded.model.decoder.dtype.itemsize for pair in w.pairs.values() for t in pair) for w in loaded.bank]
     figures = metrics.metrics(
         passes,
         loaded.model,
@@ -223,7 +227,7 @@ def _infer(
         num_slots=work.num_slots,
         iterations=config.iters,
         quantize=config.quantize,
-        adapter_bytes=sum(adapter_bytes) / max(1, len(adapter_bytes)),
+        adapter_bytes=loaded.bank_bytes / max(1, len(loaded.bank)),
     )
     write_json(run.path / "metrics.json", figures | sampler.summary())
     metrics.print_table(figures, run.path, failed=work.failed, total=len(prompts))

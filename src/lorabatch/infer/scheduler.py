@@ -25,7 +25,7 @@ from lorabatch.infer.requests import Request
 
 MIN_SHARED = 16  # tokens; for fewer a copy costs more than it saves
 SORT_KEYS: dict[str, Callable[[Request], int]] = {"longest": lambda r: -r.num_positions, "adapter": lambda r: r.adapter_row}
-LOOKAHEAD = 1024  # requests that are sorted at once; a block is finished before the next is looked at
+LOOKAHEAD = {"longest": 1024, "adapter": 16384}  # requests that are sorted at once; a block is finished before the next is looked at
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Scheduler:
         if self._order == "arrival":
             self.waiting.extend(islice(self._source, self._max_running - len(self.waiting) - passed))
         elif not self.waiting and not passed:
-            self.waiting.extend(sorted(islice(self._source, LOOKAHEAD), key=SORT_KEYS[self._order]))
+            self.waiting.extend(sorted(islice(self._source, LOOKAHEAD[self._order]), key=SORT_KEYS[self._order]))
 
     def release(self, finished: Iterable[Request]) -> list[Copy]:
         """Free the slots of finished requests; returns the copies that the cache must follow, in order."""

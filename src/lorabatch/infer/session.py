@@ -46,6 +46,7 @@ class Session:
         self.num_slots, self.capacity = max(1, min(config.batch_size, num_requests)), capacity
         if config.deterministic:
             self._make_deterministic()
+        self._order = config.order if config.order != "auto" else "adapter" if bank else "arrival"
         self._engine: Engine | None = None
 
     def _make_deterministic(self) -> None:
@@ -118,7 +119,14 @@ class Session:
             runner = model.runner(num_slots=self.num_slots, capacity=self.capacity)
         else:
             slot_bytes = self.capacity * model.spec.kv_elements_per_token * model.decoder.embedding.element_size()
-            fitting = int(KV_SHARE * free_bytes(model.decoder.device)) // slot_bytes
+            bank_bytes = sum(w.num_params for w in self._bank) * model.decoder.embedding.element_size()
+            fitting = int(KV_SHARE * (free_bytes(model.decoder.device) - bank_bytes)) // slot_bytes
+            if fitting < 1 and bank_bytes:
+                raise UnavailableError(
+                    f"{len(self._bank)} adapters take {bank_bytes / 1e9:.1f} GB and {free_bytes(model.decoder.device) / 1e9:.1f} GB are free",
+                    where="--adapters",
+                    fix="give fewer, or --adapter_mode merge, which holds one at a time",
+                )
             if fitting < self.num_slots:
                 self.num_slots = max(1, fitting)
                 print(f"the KV cache of that many requests does not fit in memory: {self.num_slots} at once", file=sys.stderr)
@@ -136,7 +144,7 @@ class Session:
             self._eos_ids,
             max_running=self.num_slots,
             prefill_tokens=self._config.prefill_tokens,
-            order=self._config.order,
+            order=self._order,
             speculate=self._config.speculate,
         )
 

@@ -52,6 +52,10 @@ class LoraWeights:
     settings: LoraSettings
     pairs: Mapping[str, tuple[Tensor, Tensor]]  # path -> (A, B)
 
+    @property
+    def num_params(self) -> int:
+        return sum(t.numel() for pair in self.pairs.values() for t in pair)
+
     def scaled(self, path: str) -> tuple[Tensor, Tensor]:
         """A [r, I] and ``scale * B`` [O, r] of one layer."""
         a, b = self.pairs[path]
