@@ -75,6 +75,16 @@ def test_sampled_tokens_do_not_depend_on_the_batch_either(toy, prompts):
     assert complete(toy, prompts, NEW, slots=5, settings=settings, prefill_tokens=16, speculate=3)[0] == expected
 
 
+def test_while_requests_wait_a_step_is_full_of_requests_or_of_prompts(toy):
+    ids = [p.tolist() for p in random_ids([20] * 12, seed=5)]
+    _, stats = complete(toy, ids, [9] * 12, slots=4)
+    assert stats.waiting_slots == stats.waiting_fill == stats.waiting_steps > 0, "short prompts: all slots are in use"
+    _, stats = complete(toy, ids, [2] * 12, slots=6, prefill_tokens=20)
+    assert stats.waiting_slots < stats.waiting_fill == stats.waiting_steps, (
+        "long prompts, short answers: a prompt a step is all there is room for"
+    )
+
+
 def test_a_guess_beyond_the_end_is_not_counted(toy):
     """A stop in the middle of accepted guesses ends the request there."""
     prompt = random_ids([12], seed=3)[0].tolist()

@@ -36,6 +36,9 @@ class PassStats:
     decode_tokens: int = 0
     decode_kv_tokens: int = 0  # cached tokens read by all decode steps together
     decode_adapters: int = 0  # unmerged adapters read by all decode steps together
+    waiting_steps: int = 0  # while requests waited for a slot
+    waiting_slots: float = 0.0  # share of the slots in use, summed over these steps
+    waiting_fill: float = 0.0  # that or the share of the step's prompt budget in use, whichever is larger
     shared_tokens: int = 0  # prompt tokens that were taken over from another request's slot
     guessed_tokens: int = 0  # read ahead by speculation
     accepted_tokens: int = 0  # of these, right
@@ -88,6 +91,8 @@ class Engine:
         while scheduler.has_work and not stop_requested():
             batch = scheduler.next_batch()
             self._copy(batch.copies)
+            if scheduler.waiting:
+                self._count_filling(batch, stats)
             stats.shared_tokens += sum(c.length for c in batch.copies)
             finished = self._advance(batch, self._step(batch, stats), stats)
             self._copy(scheduler.release(finished))
@@ -116,6 +121,13 @@ class Engine:
         tokens = [self._accepted(s, list(islice(chosen, s.num_logits)), stats) for s in segments if s.num_logits]
         self._count(batch, segments, tokens, time.perf_counter() - start, stats)
         return tokens
+
+    def _count_filling(self, batch: Batch, stats: PassStats) -> None:
+        slots = len(batch.pieces) / self._max_running
+        prompts = sum(p.stop - p.start for p in batch.pieces if p.is_prompt) / self._prefill_tokens
+        stats.waiting_steps += 1
+        stats.waiting_slots += slots
+        stats.waiting_fill += max(slots, min(prompts, 1.0))
 
     def _segment(self, piece: Piece) -> Segment:
         request = piece.request

@@ -111,6 +111,8 @@ def metrics(
         "batch_latency_p95_ms": percentile(batch_ms, 95),
         "max_running": num_slots,
         "mean_running": rate(total("decode_tokens"), total("decode_steps")),
+        "slots_used_while_waiting": rate(total("waiting_slots"), total("waiting_steps")),
+        "step_filled_while_waiting": rate(total("waiting_fill"), total("waiting_steps")),
         "prefill_s": total("prefill_s"),
         "decode_s": total("decode_s"),
         "prefill_tokens_per_s": rate(total("prefill_tokens"), total("prefill_s")),
