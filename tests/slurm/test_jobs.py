@@ -24,7 +24,8 @@ def test_cpu_job_leaves_adapter_completions_and_report(cluster, experiment):
 
 def test_a_site_where_jobs_see_neither_the_home_nor_our_environment(cluster):
     """Submitted from elsewhere, too: what the script exports reaches the tasks, and caches go beside the project."""
-    flags = [f"--chdir={cluster.project}", "--export=HOME=/nonexistent"]
+    home = cluster.project / "pyproject.toml" / "home"  # nobody can make that
+    flags = [f"--chdir={cluster.project}", f"--export=HOME={home}"]
     job = cluster.submit(*flags, cluster.project / "scripts/job_cpu.slurm", "doctor", cwd="/")
     assert cluster.wait(job) == [(job, "COMPLETED", "0:0")], cluster.logs(job)
     assert f"no network; cache HF_HOME={cluster.project}/.cache/huggingface/hub" in cluster.logs(job)
@@ -34,6 +35,22 @@ def test_a_failing_step_is_a_failed_job_with_its_code(cluster, experiment):
     job = cluster.submit("scripts/job_cpu.slurm", "train", "--config", experiment, "--train_path", "nothing.txt")
     assert cluster.wait(job) == [(job, "FAILED", "65:0")], cluster.logs(job)
     assert "nothing.txt" in cluster.logs(job) and "all done" not in cluster.logs(job)
+
+
+def test_a_warning_that_always_comes_too_early_does_not_requeue_for_ever(cluster, experiment):
+    """Slurm warns 300 s before the end (the script's --signal), and the job has no more: it would never get to its work."""
+    job = cluster.submit("--time=5", "scripts/job_cpu.slurm", "--config", experiment)
+    rows = cluster.wait(job)
+    log = cluster.logs(job)
+    assert rows == [(job, "FAILED", "75:0")] and "is stopped, not requeued: the warning came" in log and "--signal=B:USR1@20" in log, log
+
+
+def test_what_a_node_lacks_is_one_line_before_the_work(cluster, experiment):
+    file = cluster.project / "pyproject.toml"
+    for said, variables in (("cannot make RUN=", {"RUN": f"{file}/run"}), ("this node has no 'module' command", {"MODULES": "cuda"})):
+        job = cluster.submit("scripts/job_cpu.slurm", "--config", experiment, **variables)
+        assert cluster.wait(job) == [(job, "FAILED", "69:0")], cluster.logs(job)
+        assert f"job_cpu.slurm: {said}" in cluster.logs(job)
 
 
 def test_gpu_job_without_a_usable_gpu_refuses_before_it_loads_anything(cluster, experiment):

@@ -28,7 +28,7 @@ TORCH_RELEASES = ((2, 11), (2, 13))  # first and last that we test with
 NATIVE_BF16 = [8, 0]  # compute capability; torch also says yes to emulation below it
 MINIMUM_FREE_BYTES, MINIMUM_FREE_INODES = 2 * GIB, 1000
 MINIMUM_MEMORY_BYTES = 2 * GIB
-MINIMUM_SECONDS_LEFT = 60.0
+MINIMUM_SECONDS_LEFT = 360.0  # the job scripts stop and save five minutes before the end
 PROBE_TIMEOUT_S = 240  # a cold start from a parallel file system takes minutes
 
 
@@ -245,7 +245,8 @@ def _slurm(_: DoctorConfig) -> Iterator[Finding]:
     text = f"job {job} on {os.environ.get('SLURM_JOB_NODELIST')}, start {os.environ.get('SLURM_RESTART_COUNT', 0)}"
     text += "" if left is None else f", {left / 60:.0f} minutes left"
     short = left is not None and left < MINIMUM_SECONDS_LEFT
-    yield Finding("slurm", "warn" if short else "ok", text, "ask for more --time" if short else "")
+    fix = "jobs save themselves and stop 300 s before the end: ask for more --time, or give sbatch --signal=B:USR1@20"
+    yield Finding("slurm", "warn" if short else "ok", text, fix if short else "")
 
 
 CHECKS: tuple[Check, ...] = (_python, _torch, _threads, _memory, _disk, _offline, _model, _slurm)

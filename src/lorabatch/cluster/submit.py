@@ -71,7 +71,10 @@ def submit(what: str, config: SubmitConfig, experiment: str | None) -> int:
         print(f"mkdir -p {shlex.quote(str(run_dir / 'logs'))}")
         print("\n".join(f"{prefix} {shlex.join(job.command({}))}" for job in jobs))
         return 0
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnavailableError(f"cannot write there ({error.strerror})", where=run_dir, fix="choose another --run_dir") from None
     for job in jobs:
         _sbatch(["sbatch", "--test-only", *job.options, job.script, *job.words], environment)
     ids: dict[str, str] = {}
@@ -79,7 +82,8 @@ def submit(what: str, config: SubmitConfig, experiment: str | None) -> int:
         ids[job.name] = _sbatch(job.command(ids), environment).split(";")[0].strip()
         write_json(run_dir / "jobs.json", {"schema_version": 1, "jobs": ids})  # at once: a later refusal leaves no lost job
         print(f"{job.name:7} job {ids[job.name]}" + "".join(f", {kind} {name}" for kind, name in job.after))
-    print(f"follow: lorabatch status {run_dir}   or   tail -F {run_dir}/logs/*")
+    shown = shlex.quote(str(run_dir))
+    print(f"follow: lorabatch status {shown}   or   tail -F {shown}/logs/*")
     print(f"stop:   scancel {' '.join(ids.values())}")
     return 0
 
