@@ -85,10 +85,11 @@ def cluster(tmp_path_factory):
     if missing:
         pytest.skip(f"Slurm is not installed here ({', '.join(missing)}); .ci/run installs it, or tests/slurm/slurm_cluster.sh install")
     folder = Path(tempfile.mkdtemp(prefix="lb-slurm-"))  # a short path: it holds sockets
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))} | {"PATH": path}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+    variables |= {"PATH": path, "TEST_SLURM_WAIT": str(PATIENCE_S)}
     words = ["bash", "-c", UNTIL_END_OF_PIPE, SCRIPT, folder]
     with subprocess.Popen(words, stdin=subprocess.PIPE, env=variables, start_new_session=True) as watch:
-        subprocess.run(["bash", SCRIPT, "start", folder, "2"], check=True, timeout=240, env=variables, stdin=subprocess.DEVNULL)
+        subprocess.run(["bash", SCRIPT, "start", folder, "2"], check=True, timeout=2 * PATIENCE_S, env=variables, stdin=subprocess.DEVNULL)
         variables["SLURM_CONF"] = f"{folder}/etc/slurm.conf"
         yield Cluster(copy_project(tmp_path_factory.mktemp("project")), variables)
         watch.stdin.close()

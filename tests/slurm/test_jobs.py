@@ -39,7 +39,8 @@ def test_a_failing_step_is_a_failed_job_with_its_code(cluster, experiment):
 
 def test_a_warning_that_always_comes_too_early_does_not_requeue_for_ever(cluster, experiment):
     """Slurm warns 300 s before the end (the script's --signal), and the job has no more: it would never get to its work."""
-    job = cluster.submit("--time=5", "scripts/job_cpu.slurm", "--config", experiment)
+    words = ["train", "--config", experiment, "--save_dir", "results/short", "--epochs", 10**6, "--max_steps", 10**6]
+    job = cluster.submit("--time=5", "scripts/job_cpu.slurm", *words)
     rows = cluster.wait(job)
     log = cluster.logs(job)
     assert rows == [(job, "FAILED", "75:0")] and "is stopped, not requeued: the warning came" in log and "--signal=B:USR1@20" in log, log
