@@ -189,11 +189,13 @@ def start_ours(source: Any, config: Any, dtype: Any, device: Any, adapter: Path)
     """The product's own step."""
     from lorabatch.config import TrainConfig
     from lorabatch.model import load
+    from lorabatch.model.device import keep_freed_memory
     from lorabatch.model.lora import LoraSettings
     from lorabatch.train.loop import train_step
     from lorabatch.train.ranks import Ranks
     from lorabatch.train.state import Learner
 
+    keep_freed_memory()  # as the product does
     model = load.load_model(source, config, backend="native", dtype=dtype, device=device)
     adapters = model.attach(LoraSettings(RANK, ALPHA), seed=SEED)  # the seed that wrote ``adapter``
     settings = TrainConfig(lr=RATE, lora_r=RANK, lora_alpha=ALPHA)

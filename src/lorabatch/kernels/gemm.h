@@ -21,40 +21,43 @@ struct Int8 {
 #endif
 };
 
-template <class T>
-struct Float : T {
-    using Accumulator = __m512;
-    static __m512 zero() { return _mm512_setzero_ps(); }
-};
-
-// One tile: rows x (row stride in bytes) times one panel. While it runs, `lines` cache lines per step of `ahead` are
-// fetched: the panel that comes next, so that memory works while the products do. V: panels of V * 16 columns.
-template <class W, int ROWS, int V = VECTORS>
-[[gnu::noinline]] static void tile(const char* x, int64_t stride, const char* panel, int64_t dwords, const char* ahead, int lines,
-                        typename W::Accumulator (&result)[ROWS][V]) {
-    typename W::Accumulator sum[ROWS][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 3
-        for (int v = 0; v < V; v++) sum[r][v] = W::zero();
-    for (int64_t i = 0; i < dwords; i++) {
-        __m512i w[V];
-#pragma GCC unroll 3
-        for (int v = 0; v < V; v++) w[v] = _mm512_loadu_si512(panel + (i * V + v) * 64);
+// sum += a b: ROWS rows of `steps` words times [steps][VECTORS * 16] words; strides in words. While it runs, `lines` cache lines a step of
+// `ahead` are fetched: the panel that comes next, so that memory works while the products do.
+template <class W, int ROWS, int VECTORS>
+[[gnu::always_inline]] static inline void accumulate(const void* a, int64_t a_stride, const void* b, int64_t b_stride, int64_t steps,
+                                                     typename W::Accumulator (&sum)[ROWS][VECTORS], const char* ahead = nullptr, int lines = 0) {
+    const char* left = (const char*)a;
+    const int32_t* right = (const int32_t*)b;
+    for (int64_t s = 0; s < steps; s++, left += 4, right += b_stride) {
+        __m512i column[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) column[v] = _mm512_loadu_si512(right + v * 16);
         for (int l = 0; l < lines; l++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             int32_t word;
-            std::memcpy(&word, x + r * stride + i * 4, 4);
-            const __m512i a = _mm512_set1_epi32(word);
-#pragma GCC unroll 3
-            for (int v = 0; v < V; v++) sum[r][v] = W::dot(sum[r][v], a, w[v]);
+            std::memcpy(&word, left + r * a_stride * 4, 4);
+            const __m512i row = _mm512_set1_epi32(word);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) sum[r][v] = W::dot(sum[r][v], row, column[v]);
         }
     }
+}
+
+// result = a b, or result += a b; a function of its own, so that its sums keep to registers whatever surrounds it.
+template <class W, bool ADD = false, int ROWS, int VECTORS>
+[[gnu::noinline]] static void multiply(const void* a, int64_t a_stride, const void* b, int64_t b_stride, int64_t steps,
+                                       typename W::Accumulator (&result)[ROWS][VECTORS], const char* ahead = nullptr, int lines = 0) {
+    typename W::Accumulator sum[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 3
-        for (int v = 0; v < V; v++) result[r][v] = sum[r][v];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = ADD ? result[r][v] : W::zero();
+    accumulate<W>(a, a_stride, b, b_stride, steps, sum, ahead, lines);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) result[r][v] = sum[r][v];
 }
 
 // Calls f(std::integral_constant<int, rows>) for 1 <= rows <= 8.

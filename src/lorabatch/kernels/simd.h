@@ -44,7 +44,9 @@ static inline void each_vector(int64_t n, F&& f) {
 // An activation type: memory format, and fp32 in registers. A dword of memory holds `per_dword` values.
 struct Fp32 {
     using Value = float;
+    using Accumulator = __m512;
     static constexpr int per_dword = 1;
+    static __m512 zero() { return _mm512_setzero_ps(); }
     static __m512 load(const Value* p, __mmask16 m = 0xffff) { return _mm512_maskz_loadu_ps(m, p); }
     static void store(Value* p, __m512 x, __mmask16 m = 0xffff) { _mm512_mask_storeu_ps(p, m, x); }
     static Value round(float x) { return x; }
@@ -54,7 +56,9 @@ struct Fp32 {
 #ifdef __AVX512BF16__
 struct Bf16 {
     using Value = uint16_t;
+    using Accumulator = __m512;
     static constexpr int per_dword = 2;
+    static __m512 zero() { return _mm512_setzero_ps(); }
     static __m512 load(const Value* p, __mmask16 m = 0xffff) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
     }

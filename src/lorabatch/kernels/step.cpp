@@ -176,7 +176,7 @@ template <class T, class W, Output MODE>
 static void product(const Op& op, const Step& s) {
     constexpr bool quantised = std::is_same<W, Int8>::value;
     const int64_t rows = MODE >= LOGITS ? s.outputs : s.tokens;
-    const int64_t stride = op.k * 4 / W::per_dword, dwords = op.k / W::per_dword;  // bytes of a row; steps along it
+    const int64_t dwords = op.k / W::per_dword;
     const int64_t panels = (op.n + PANEL - 1) / PANEL, panel_bytes = dwords * PANEL * 4;
     const int threads = omp_get_num_threads(), me = omp_get_thread_num();
     // Panels are shared out; where they do not divide well, rows are cut too.
@@ -195,7 +195,7 @@ static void product(const Op& op, const Step& s) {
                 constexpr int R = decltype(size)::value;
                 typename W::Accumulator sum[R][VECTORS];
                 const int fetch = (row - from) / TILE_ROWS * lines < 3 ? lines : 0;
-                tile<W, R>((const char*)op.a + row * stride, stride, panel, dwords, ahead, fetch, sum);
+                multiply<W>((const int32_t*)op.a + row * dwords, dwords, panel, PANEL, dwords, sum, ahead, fetch);
                 ahead += (int64_t)fetch * dwords * 64;
                 for (int r = 0; r < R; r++) {
                     __m512 y[VECTORS];
@@ -358,7 +358,6 @@ static void quantise(const Op& op, const Step& s, float* scratch) {
 template <class T, int V>
 static void low_rank(const Op& op, const Step& s, float* scratch) {
     using Value = typename T::Value;
-    using W = Float<T>;
     const int64_t rank = op.weight, k_dwords = op.k / T::per_dword, r_dwords = rank / T::per_dword;
     const int64_t a_panels = (rank + V * 16 - 1) / (V * 16), b_panels = (op.n + PANEL - 1) / PANEL;
     Value* low = (Value*)scratch;  // [TILE_ROWS][rank]
@@ -372,14 +371,14 @@ static void low_rank(const Op& op, const Step& s, float* scratch) {
             constexpr int R = decltype(size)::value;
             for (int64_t p = 0; p < a_panels; p++) {
                 __m512 sum[R][V];
-                tile<W, R, V>(x, op.k * sizeof(Value), a + p * k_dwords * V * 64, k_dwords, nullptr, 0, sum);
+                multiply<T>(x, k_dwords, a + p * k_dwords * V * 64, V * 16, k_dwords, sum);
                 for (int r = 0; r < R; r++)
                     for (int v = 0; v < V; v++)
                         if (const int64_t at = (p * V + v) * 16; at < rank) T::store(low + r * rank + at, sum[r][v], first_lanes(rank - at));
             }
             for (int64_t p = 0; p < b_panels; p++) {
                 __m512 sum[R][VECTORS];
-                tile<W, R>((const char*)low, rank * sizeof(Value), b + p * r_dwords * PANEL * 4, r_dwords, nullptr, 0, sum);
+                multiply<T>(low, r_dwords, b + p * r_dwords * PANEL * 4, PANEL, r_dwords, sum);
                 for (int r = 0; r < R; r++)
                     for (int v = 0; v < VECTORS; v++) {
                         const int64_t at = p * PANEL + v * 16;
@@ -403,7 +402,7 @@ static void run(const Op& op, const Step& s, float* scratch) {
     switch (op.kind) {
         case EMBED: return embed<T>(op, s);
         case NORM: return norm<T>(op, s, scratch);
-        case PRODUCT: return op.weight == INT8 ? any_product<T, Int8>(op, s) : any_product<T, Float<T>>(op, s);
+        case PRODUCT: return op.weight == INT8 ? any_product<T, Int8>(op, s) : any_product<T, T>(op, s);
         case STORE: return store<T>(op, s);
         case ATTEND: return attend_all<T>(op, s, scratch);
         case ACTIVATE: return activate<T>(op, s, scratch);

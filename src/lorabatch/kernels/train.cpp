@@ -6,42 +6,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <type_traits>
-#include "simd.h"
+#include "gemm.h"
 
 constexpr int R = 6, V = 4, TILE = 16 * V;  // a tile of products is R rows by TILE columns: 24 of the 32 registers
 constexpr int64_t SPAN = 512;               // queries whose score gradients are alive at once
 
 template <class T>
 using ValueOf = typename T::Value;
-
-// sum = a b: R rows of `steps` words (1 fp32 or 2 bf16 along the summed axis) times [steps][TILE] words; strides in words.
-template <class T, int R, int V>
-[[gnu::noinline]] static void multiply(const void* a, int64_t a_stride, const void* b, int64_t b_stride, int64_t steps, __m512 (&result)[R][V]) {
-    const char* left = (const char*)a;
-    const int32_t* right = (const int32_t*)b;
-    __m512 sum[R][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r][v] = _mm512_setzero_ps();
-    for (int64_t s = 0; s < steps; s++, left += 4, right += b_stride) {
-        __m512i column[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) column[v] = _mm512_loadu_si512(right + v * 16);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            int32_t word;
-            std::memcpy(&word, left + r * a_stride * 4, 4);
-            const __m512i row = _mm512_set1_epi32(word);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[r][v] = T::dot(sum[r][v], row, column[v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) result[r][v] = sum[r][v];
-}
 
 // out[c][r] = in[r][c] of 32-bit words; rows and columns are multiples of 16, strides in words.
 static void transpose(const void* from, int64_t in_stride, int64_t rows, int64_t columns, void* to, int64_t out_stride) {
@@ -87,14 +58,25 @@ static inline __m512i paired(__m512 first, __m512 second) {
     return T::per_dword == 1 ? bits<T>(first) : _mm512_or_si512(bits<T>(first), _mm512_slli_epi32(bits<T>(second), 16));
 }
 
-// rows [n][D] -> [n / per][D] words that pair neighbouring rows.
+// n rows of D values, `stride` apart -> [n / per][D] words that pair neighbouring rows. D is a multiple of 32.
 template <class T>
-static void pair_rows(const ValueOf<T>* rows, int64_t n, int64_t D, int32_t* out) {
-    for (int64_t i = 0; i < n; i += T::per_dword)
-        for (int64_t d = 0; d < D; d += 16) {
-            const __m512 next = T::per_dword == 1 ? _mm512_setzero_ps() : T::load(rows + (i + 1) * D + d);
-            _mm512_storeu_si512(out + i / T::per_dword * D + d, paired<T>(T::load(rows + i * D + d), next));
+static void pair_rows(const ValueOf<T>* rows, int64_t stride, int64_t n, int64_t D, int32_t* out) {
+    // Lanes of 16 bits: even ones from the first row, odd ones (index + 32) from the second.
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i low = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16));
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t i = 0; i < n; i += T::per_dword, out += D) {
+        const ValueOf<T>*first = rows + i * stride, *second = first + stride;
+        if constexpr (T::per_dword == 1) {
+            std::memcpy(out, first, D * 4);
+        } else {
+            for (int64_t d = 0; d < D; d += 32) {
+                const __m512i a = _mm512_loadu_si512(first + d), b = _mm512_loadu_si512(second + d);
+                _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
+                _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
+            }
         }
+    }
 }
 
 // Attention inside each document of a packed block. q, k, v, out and their gradients are rows of T tokens with strides in values;
@@ -186,7 +168,7 @@ static void attend_forward(const Block& b, int64_t document, int64_t kv) {
     auto* scores = arena.take<float>(R * padded);
     auto* weights = arena.take<ValueOf<T>>(R * padded);
     load_head<T>(b, (const ValueOf<T>*)b.v + kv * D, b.stride, false, first, n, padded, keys);
-    pair_rows<T>(keys, padded, D, values);
+    pair_rows<T>(keys, D, padded, D, values);
     load_head<T>(b, (const ValueOf<T>*)b.k + kv * D, b.stride, true, first, n, padded, keys);
     transpose(keys, D / P, padded, D / P, across, padded);
     __m512 sum[R][V];
@@ -252,7 +234,7 @@ static void attend_backward(const Block& b, int64_t document, int64_t kv) {
     auto *q_across = arena.take<float>((D + R) * TILE), *q_rows = arena.take<float>(TILE * D);
     load_head<T>(b, (const Value*)b.k + kv * D, b.stride, true, first, n, rows, keys);
     load_head<T>(b, (const Value*)b.v + kv * D, b.stride, false, first, n, rows, values);
-    pair_rows<T>(keys, padded, D, pairs);
+    pair_rows<T>(keys, D, padded, D, pairs);
     transpose(pairs, D, padded / P, D, keys_across, padded / P);
     std::memset(keys_across + D * padded / P, 0, R * padded / P * 4);
     std::fill_n(k_sum, rows * D, 0.0f), std::fill_n(v_sum, rows * D, 0.0f);
@@ -261,8 +243,8 @@ static void attend_backward(const Block& b, int64_t document, int64_t kv) {
     for (int64_t head = kv * b.heads / b.kv_heads; head < (kv + 1) * b.heads / b.kv_heads; head++) {
         load_head<T>(b, (const Value*)b.q + head * D, b.stride, true, first, n, padded, queries);
         load_head<T>(b, (const Value*)b.grad + head * D, b.heads * D, false, first, n, padded, grads);
-        transpose(queries, D / P, padded, D / P, queries_across, padded), pair_rows<T>(queries, padded, D, query_pairs);
-        transpose(grads, D / P, padded, D / P, grads_across, padded), pair_rows<T>(grads, padded, D, grad_pairs);
+        transpose(queries, D / P, padded, D / P, queries_across, padded), pair_rows<T>(queries, D, padded, D, query_pairs);
+        transpose(grads, D / P, padded, D / P, grads_across, padded), pair_rows<T>(grads, D, padded, D, grad_pairs);
         for (int64_t i = 0; i < padded; i++) {
             __m512 both = _mm512_setzero_ps();
             for (int64_t d = 0; d < D && i < n; d += 16)
@@ -356,24 +338,30 @@ static void narrow(const ValueOf<T>* x, int64_t stride, int64_t tokens, const in
         }
 }
 
+// R rows by TILE columns of y += low block; a function of its own for the registers' sake.
+template <class T, int R>
+[[gnu::noinline]] static void widen_tile(const ValueOf<T>* low, int64_t stride, const int32_t* block, int64_t words, int64_t width, ValueOf<T>* y, int64_t y_stride) {
+    __m512 sum[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[r][v] = T::load(y + r * y_stride + v * 16);
+    accumulate<T>(low, stride / T::per_dword, block, width, words, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) T::store(y + r * y_stride + v * 16, sum[r][v]);
+}
+
 // y[t][c] += sum over words of low[t] block[.][c]; width is a multiple of TILE.
 template <class T>
 static void widen(const ValueOf<T>* low, int64_t stride, int64_t tokens, const int32_t* block, int64_t words, int64_t width, ValueOf<T>* y, int64_t y_stride) {
-    const auto tile = [&](int64_t t, int64_t c, auto& sum) {
-        multiply<T>(low + t * stride, stride / T::per_dword, block + c, width, words, sum);
-        for (size_t r = 0; r < std::extent_v<std::remove_reference_t<decltype(sum)>, 0>; r++)
-            for (int v = 0; v < V; v++) {
-                ValueOf<T>* to = y + (t + r) * y_stride + c + v * 16;
-                T::store(to, _mm512_add_ps(T::load(to), sum[r][v]));
-            }
-    };
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t += R)
         for (int64_t c = 0; c < width; c += TILE) {
-            __m512 all[R][V], one[1][V];
-            if (t + R <= tokens) tile(t, c, all);
+            if (t + R <= tokens) widen_tile<T, R>(low + t * stride, stride, block + c, words, width, y + t * y_stride + c, y_stride);
             else
-                for (int64_t last = t; last < tokens; last++) tile(last, c, one);
+                for (int64_t last = t; last < tokens; last++) widen_tile<T, 1>(low + last * stride, stride, block + c, words, width, y + last * y_stride + c, y_stride);
         }
 }
 
@@ -390,36 +378,34 @@ static void over_tokens(const ValueOf<T>* low, int64_t low_stride, int64_t rank,
     for (int64_t c = 0; c < width; c += TILE) {
         alignas(64) ValueOf<T> rows[TILE * TILE];
         alignas(64) int32_t pairs[TILE / P * TILE];
-        alignas(64) float total[64 * TILE];  // 64: the largest sum of ranks that is served
-        std::memset(total, 0, rank * TILE * 4);
+        __m512 total[64][V];  // 64: the largest sum of ranks that is served
+        for (int64_t k = 0; k < rank; k++)
+            for (int v = 0; v < V; v++) total[k][v] = _mm512_setzero_ps();
         for (int64_t t = 0; t < padded; t += TILE) {
-            for (int64_t i = 0; i < TILE; i++)
-                if (t + i < tokens) std::memcpy(rows + i * TILE, x + (t + i) * stride + c, sizeof(rows) / TILE);
-                else std::memset(rows + i * TILE, 0, sizeof(rows) / TILE);
-            pair_rows<T>(rows, TILE, TILE, pairs);
-            for (int64_t k = 0; k < rank; k += 4) {
-                __m512 sum[4][V];
-                multiply<T>(low_words + k * steps + t / P, steps, pairs, TILE, TILE / P, sum);
-                for (int r = 0; r < 4; r++)
-                    for (int v = 0; v < V; v++) {
-                        float* to = total + (k + r) * TILE + v * 16;
-                        _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), sum[r][v]));
-                    }
+            const ValueOf<T>* from = x + t * stride + c;
+            int64_t from_stride = stride;
+            if (t + TILE > tokens) {  // zeros below the last token
+                for (int64_t i = 0; i < TILE; i++)
+                    if (t + i < tokens) std::memcpy(rows + i * TILE, from + i * stride, sizeof(rows) / TILE);
+                    else std::memset(rows + i * TILE, 0, sizeof(rows) / TILE);
+                from = rows, from_stride = TILE;
             }
+            pair_rows<T>(from, from_stride, TILE, TILE, pairs);
+            for (int64_t k = 0; k < rank; k += 4) multiply<T, true>(low_words + k * steps + t / P, steps, pairs, TILE, TILE / P, *(__m512(*)[4][V])(total + k));
         }
         for (int64_t k = 0; k < rank; k++)
-            for (int64_t i = 0; i < TILE; i++) out[turned ? (c + i) * rank + k : k * width + c + i] = total[k * TILE + i] * (float)scale;
+            for (int64_t i = 0; i < TILE; i++) out[turned ? (c + i) * rank + k : k * width + c + i] = ((const float*)total[k])[i] * (float)scale;
     }
 }
 
-// block[i][c] = P values at(c, P i), at(c, P i + 1): the right side of a product.
-template <class T, class At>
-static void fill_block(int64_t words, int64_t width, int32_t* block, At&& at) {
+// Columns `first` and on of a product's right side, block [words][width]: column c holds the values scale * from[c * step + i * stride].
+template <class T>
+static void fill_block(int64_t words, int64_t width, int32_t* block, int64_t first, int64_t columns, const float* from, int64_t step, int64_t stride, double scale) {
     constexpr int P = T::per_dword;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < words; i++)
-        for (int64_t c = 0; c < width; c++)
-            for (int p = 0; p < P; p++) ((ValueOf<T>*)block)[(i * width + c) * P + p] = T::round(at(c, i * P + p));
+        for (int64_t c = 0; c < columns; c++)
+            for (int p = 0; p < P; p++) ((ValueOf<T>*)block)[(i * width + first + c) * P + p] = T::round(from[c * step + (i * P + p) * stride] * (float)scale);
 }
 
 // x [T][I], low [T][count r], y [T][O]: fills low, adds to y.
@@ -431,11 +417,11 @@ static void lora_forward(const Adapters& ad, const ValueOf<T>* x, ValueOf<T>* lo
     auto *a = arena.take<int32_t>(ad.in / P * all), *b = arena.take<int32_t>(ad.rank / P * ad.out);
 #pragma omp parallel num_threads((int)ad.threads)
     {
-        fill_block<T>(ad.in / P, all, a, [&](int64_t c, int64_t i) { return ad.parts[c / ad.rank].a[c % ad.rank * ad.in + i]; });
+        for (int64_t n = 0; n < ad.count; n++) fill_block<T>(ad.in / P, all, a, n * ad.rank, ad.rank, ad.parts[n].a, ad.in, 1, 1);
         narrow<T>(x, ad.in, ad.tokens, a, ad.in / P, all, low, all);
         for (int64_t n = 0; n < ad.count; n++) {
             const Part& p = ad.parts[n];
-            fill_block<T>(ad.rank / P, p.width, b, [&](int64_t c, int64_t i) { return p.b[c * ad.rank + i] * (float)p.scale; });
+            fill_block<T>(ad.rank / P, p.width, b, 0, p.width, p.b, ad.rank, 1, p.scale);
             widen<T>(low + n * ad.rank, all, ad.tokens, b, ad.rank / P, p.width, y + p.start, ad.out);
         }
     }
@@ -453,14 +439,14 @@ static void lora_backward(const Adapters& ad, const ValueOf<T>* x, const ValueOf
         int64_t done = 0;
         for (int64_t n = 0; n < ad.count; n++) {
             const Part& p = ad.parts[n];
-            fill_block<T>(p.width / P, ad.rank, b, [&](int64_t c, int64_t i) { return p.b[i * ad.rank + c] * (float)p.scale; });
+            fill_block<T>(p.width / P, ad.rank, b, 0, ad.rank, p.b, 1, ad.rank, p.scale);
             narrow<T>(grad + p.start, ad.out, ad.tokens, b, p.width / P, ad.rank, low_grad + n * ad.rank, all);
             over_tokens<T>(low + n * ad.rank, all, ad.rank, grad + p.start, ad.out, p.width, ad.tokens, p.scale, true, low_words, b_grads + done);
             done += p.width * ad.rank;
         }
         over_tokens<T>(low_grad, all, all, x, ad.in, ad.in, ad.tokens, 1, false, low_words, a_grad);
         if (x_grad) {
-            fill_block<T>(all / P, ad.in, a, [&](int64_t c, int64_t i) { return ad.parts[i / ad.rank].a[i % ad.rank * ad.in + c]; });
+            for (int64_t n = 0; n < ad.count; n++) fill_block<T>(ad.rank / P, ad.in, a + n * ad.rank / P * ad.in, 0, ad.in, ad.parts[n].a, 1, ad.in, 1);
             widen<T>(low_grad, all, ad.tokens, a, all / P, ad.in, x_grad, ad.in);
         }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -29,6 +30,18 @@ def choose_threads(threads: int | None) -> int:
     count = threads or max(1, usable_cores() // ranks_here)
     torch.set_num_threads(count)
     return count
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse what was freed instead of giving it back: a training step frees and takes the same gigabyte again and again, and
+    mapping fresh pages cost 5 to 15 % of it (docs/LOG.md, 2026-11-24). Elsewhere nothing happens."""
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

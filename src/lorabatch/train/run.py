@@ -179,7 +179,7 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
     with SystemSampler(work.folder / "system.jsonl") as sampler:
         with phases.measured("import_s"):
             from lorabatch.model import load
-            from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
+            from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads, keep_freed_memory
             from lorabatch.model.spec import spec_from_config
             from lorabatch.train import checkpoint
             from lorabatch.train.job import Base, Job
@@ -192,6 +192,7 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
         ]
         device = choose_device(no_cuda=config.no_cuda)
         threads = choose_threads(config.threads)
+        keep_freed_memory()
         # A timing decides "auto": once for all ranks, and a resumed run does not decide again.
         decided = [f.state["identity"]["content"]["dtype"] for f in found if f]
         dtype = ranks.from_first(choose_dtype(decided[0] if decided and config.dtype == "auto" else config.dtype, device))
