@@ -10,7 +10,6 @@ import codecs
 import csv
 import io
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +60,8 @@ def check_file(path: Path) -> None:
 def read_text(path: Path) -> str:
     """UTF-8 text of a file. DataError for binary content, or with the line of the first wrong byte."""
     content = path.read_bytes()
-    if b"\0" in content[:65536]:
-        raise DataError("binary content, not text", where=path, fix=f"give one of {', '.join(FORMATS)}")
+    if (nul := content.find(b"\0")) >= 0:
+        raise DataError("binary content, not text", where=f"{path}:{content[:nul].count(10) + 1}", fix="give a text file in UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -120,7 +119,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the second: nested a thousand deep
             raise DataError(f"not valid JSON ({error})", where=where, fix="mend or remove the line") from None
         if not isinstance(row, dict):
             raise DataError("not a JSON object", where=where, fix="each line must be {...}")
@@ -130,24 +129,22 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _csv_documents(path: Path, text_field: str) -> list[Document]:
     """The standard reader, because every cell is text: a table library would turn "NA" into a missing value and 007 into 7."""
     try:
-        reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB that the reader takes for a missing quote
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
         rows = [(f"{path}:{reader.line_num}", {k: v for k, v in row.items() if k is not None}) for row in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"not a readable csv file ({error})", where=path, fix="check quotes and encoding (UTF-8)") from None
+    except csv.Error as error:
+        raise DataError(f"not a readable csv file ({error})", where=path, fix="check the quotes") from None
     return [_from_row(row, where, text_field) for where, row in rows]
 
 
 def _parquet_documents(path: Path, text_field: str) -> list[Document]:
     try:
-        from datasets import Dataset
-        from datasets.utils.logging import disable_progress_bar
+        import pyarrow.parquet
     except ImportError:
-        raise UnavailableError("reading .parquet files needs the package datasets", fix="run: pip install datasets") from None
-    disable_progress_bar()
+        raise UnavailableError("reading .parquet files needs pyarrow, which datasets brings", fix="run: pip install datasets") from None
     try:
-        with tempfile.TemporaryDirectory() as cache:
-            rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
-    except Exception as error:  # datasets and pyarrow raise their own classes for each kind of damage
+        rows = pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
+    except Exception as error:  # it raises its own classes for each kind of damage
         raise DataError(f"not a readable parquet file ({type(error).__name__}: {error})", where=path, fix="check the file") from None
     return [_from_row(row, f"{path}:{n}", text_field) for n, row in enumerate(rows, 1)]
 
