@@ -1,6 +1,7 @@
 """Adapters: what they change and what they leave alone, packed gradients, and peft's files both ways."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -402,13 +403,15 @@ def test_truncated_weights_are_a_data_error(broken, saved_adapter):
         load_adapter(broken, saved_adapter[1])
 
 
-@pytest.mark.parametrize("missing", ["r", "lora_alpha"])
-def test_config_without_a_needed_field_is_a_data_error(broken, saved_adapter, missing):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("r", None), ("r", 0), ("lora_alpha", None), ("lora_alpha", math.inf), ("target_modules", [1, 2]), ("target_modules", {"q_proj": 1})],
+)
+def test_config_without_a_needed_field_is_a_data_error(broken, saved_adapter, field, value):
     path = broken / "adapter_config.json"
     config = json.loads(path.read_text())
-    del config[missing]
-    path.write_text(json.dumps(config))
-    with pytest.raises(DataError, match=missing):
+    path.write_text(json.dumps(config | {field: value}))
+    with pytest.raises(DataError, match=f"'{field}' "):
         load_adapter(broken, saved_adapter[1])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +29,7 @@ from lorabatch.config import (
     SweepConfig,
     TrainConfig,
 )
-from lorabatch.errors import LorabatchError, UsageError, nearest
+from lorabatch.errors import LorabatchError, UnavailableError, UsageError, nearest
 from lorabatch.settings import Settings, parse
 
 
@@ -170,6 +172,43 @@ COMMANDS: dict[str, Command] = {
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}  # commands of two words
 
 
+class _Output:
+    """A stream that goes on into nothing when its reader has left (``| head -1``): the run is worth more than its words."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except BrokenPipeError:
+            self._leave()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+def _outlive_readers() -> None:
+    """No reader that leaves, and no character that the terminal's encoding lacks, ends a command."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # not None (closed), nor what a test put there
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Output(stream))
+
+
 def usage() -> str:
     lines = [f"lorabatch {__version__}: LoRA fine-tuning and batched inference", "", "usage: lorabatch COMMAND [flags]", ""]
     lines += [f"  {name:14} {config.__doc__.splitlines()[0]}" for name, (config, _, _) in COMMANDS.items() if config.__doc__]
@@ -185,6 +224,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the ``lorabatch`` command. Returns the exit code."""
+    _outlive_readers()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -202,6 +242,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(name: str, argv: list[str], *, prog: str | None = None) -> int:
     """One command with the errors handled; also behind ``src/train_lora.py`` and ``src/infer_batch.py``."""
+    _outlive_readers()
     config_class, action, positionals = COMMANDS[name]
     debug = "--debug" in argv
     try:
@@ -218,6 +259,10 @@ def run_command(name: str, argv: list[str], *, prog: str | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename:  # the system's refusal, where nothing nearer has its own words for it
+            refused = UnavailableError(str(error.strerror), where=error.filename, fix="check the path, its permissions and the free space")
+            print(f"lorabatch {name}: {refused}", file=sys.stderr)
+            return refused.exit_code
         print(
             f"lorabatch {name}: {type(error).__name__}: {' '.join(str(error).split())}; run again with --debug to see where",
             file=sys.stderr,

@@ -90,7 +90,7 @@ class TrainConfig(Settings):
     backend: str = setting(
         "auto", "native decoder, or transformers + peft for any other model", choices=("auto", "native", "hf"), free=True
     )
-    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1, free=True)
+    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1, maximum=1024, free=True)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class InferConfig(Settings):
     quantize: str = setting("none", "int8: 8-bit weights and activations on a CPU, faster and nearly exact", choices=("none", "int8"))
     no_cuda: bool = setting(False, "stay on the CPU")
     backend: str = setting("auto", "native decoder, or transformers for any other model", choices=("auto", "native", "hf"))
-    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)
+    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1, maximum=1024)
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class BenchMachineConfig(Settings):
     output: str | None = setting(None, "also write the record to this JSON file")
     seconds: float = setting(0.1, "time spent on each figure", above=0)
     no_cuda: bool = setting(False, "stay on the CPU")
-    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)
+    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1, maximum=1024)
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class BenchConfig(Settings):
     output: str = setting("results/bench-train.json", "JSON file for the figures of the table")
     dtype: str = setting("auto", "type of weights and KV cache; adapters in training stay fp32", choices=DTYPES)
     no_cuda: bool = setting(False, "stay on the CPU")
-    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1)
+    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1, maximum=1024)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ skip and the writers cut off.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -39,8 +40,10 @@ def _plain(value: object) -> object:
     return value
 
 
-def dumps(record: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False, default=str)
+def dumps(record: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """JSON that can be encoded: of a file name that is not UTF-8 Python makes half surrogate pairs, which are written as escapes."""
+    text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False, default=str, indent=indent)
+    return text.encode(errors="backslashreplace").decode()
 
 
 @contextmanager
@@ -66,12 +69,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what refused to write refuses this too
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     with replacing(path) as file:
-        file.write(json.dumps(_plain(record), ensure_ascii=False, indent=2, allow_nan=False, default=str).encode() + b"\n")
+        file.write(dumps(record, indent=2).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -157,16 +161,36 @@ class JsonlWriter:
         self.close()
 
 
+def _locked(folder: Path, folder_flag: str) -> BinaryIO | None:
+    """A lock that the kernel takes back when this process ends, however it ends; None on file systems that know none.
+
+    Raises UnavailableError where another process has it: two writers would mix their lines.
+    """
+    file = (folder / ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        fix = f"wait for its end, or choose another {folder_flag}"
+        raise UnavailableError("another process is at work in this run folder", where=folder, fix=fix) from None
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
 class RunFolder:
     """One run on disk. ``run.json`` always tells the state: running, completed, failed or interrupted."""
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
-        self.path, self.record = path, record
+    def __init__(self, path: Path, record: dict[str, Any], lock: BinaryIO | None = None) -> None:
+        self.path, self.record, self._lock = path, record, lock
         self._earlier: bytes | None = None  # run.json before this attempt to go on
 
     @staticmethod
     def check(path: Path, *, kind: str, folder_flag: str, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
         """The record of the run that is there, empty if there is none. UsageError if it may not be touched."""
+        if overwrite and resume:
+            raise UsageError("either go on or begin anew", where="--resume --overwrite", fix="leave one out")
         if not (path / "run.json").exists():
             return {}
         found = read_json(path / "run.json")
@@ -189,8 +213,12 @@ class RunFolder:
         folder_flag: str,
         overwrite: bool = False,
         resume: bool = False,
+        shared: bool = False,
     ) -> RunFolder:
-        """Make or reopen the folder. UsageError if it holds another run, UnavailableError if not writable."""
+        """Make or reopen the folder, for this process alone unless ``shared``.
+
+        UsageError if it holds another run, UnavailableError if it is not writable or another process is at work in it.
+        """
         found = cls.check(path, kind=kind, folder_flag=folder_flag, overwrite=overwrite, resume=resume)
         earlier = (path / "run.json").read_bytes() if resume and found else None
         try:
@@ -200,6 +228,7 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise UnavailableError(f"cannot write there ({error.strerror})", where=path, fix=f"choose another {folder_flag}") from None
+        lock = None if shared else _locked(path, folder_flag)
         if overwrite and not resume:
             for name in RUN_FILES:
                 (path / name).unlink(missing_ok=True)
@@ -218,7 +247,7 @@ class RunFolder:
         }
         if resume and found:  # one run, however many attempts it takes
             record |= {k: found[k] for k in ("run_id", "started_at", "resumed") if k in found}
-        run = cls(path, record)
+        run = cls(path, record, lock)
         run._earlier = earlier
         run.save()
         return run
@@ -229,6 +258,11 @@ class RunFolder:
 
     def finish(self, status: str, **changes: Any) -> None:
         self.save(status=status, finished_at=utc_now(), **changes)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def end_with(self, error: BaseException) -> None:
         """Record what ended the run; a refusal to go on changes nothing."""
@@ -239,6 +273,7 @@ class RunFolder:
                     file.write(self._earlier)
             else:
                 self.finish(status, error=str(error) if isinstance(error, LorabatchError) else repr(error))
+        self._unlock()
 
     def jsonl(self, name: str) -> JsonlWriter:
         return JsonlWriter(self.path / name)

@@ -98,7 +98,7 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
         except OSError as error:
             raise UnavailableError(f"cannot write there ({error.strerror})", where=folder, fix="choose another --output_dir") from None
         flags: dict[str, Any] = {"config": config.to_dict(), "command": command, "environment": environment()}
-        RunFolder.create(folder, kind="infer", folder_flag="--output_dir", resume=True, **flags)
+        RunFolder.create(folder, kind="infer", folder_flag="--output_dir", resume=True, shared=True, **flags)
     found = read_json(path)
     if found != plan:
         was, now = found | found.get("config", {}), plan | config_kept

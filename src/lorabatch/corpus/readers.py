@@ -53,6 +53,8 @@ def check_file(path: Path) -> None:
         raise DataError("no such file", where=path, fix="check the path")
     if path.is_dir():
         raise DataError("is a folder", where=path, fix="give a file")
+    if not path.is_file():
+        raise DataError("not a regular file", where=path, fix="write it to a file first: it is read more than once")
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=path, fix="give a file with at least one line")
 

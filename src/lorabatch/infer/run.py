@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from lorabatch import hub
 from lorabatch.config import InferConfig
-from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UnavailableError, UsageError
+from lorabatch.errors import DataError, InterruptedRun, UnavailableError, UsageError
 from lorabatch.infer.adapters import files_sha256
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import Request, completion_record
@@ -73,15 +72,13 @@ def run_inference(config: InferConfig, command: list[str]) -> int:
                     where=output_dir,
                     fix="run the same command with --resume and this --output_dir to go on",
                 )
-        if failed == total:
-            raise DataError(f"all {total} requests failed", where=output_dir / "completions.jsonl", fix="see the 'error' of its lines")
-        run.finish("completed", failed=failed)
-        return 0
+        run.finish("failed" if failed == total else "completed", failed=failed)
     except BaseException as error:
-        status = "interrupted" if isinstance(error, (InterruptedRun, KeyboardInterrupt)) else "failed"
-        with contextlib.suppress(UnavailableError):  # a full disk refuses this too
-            run.finish(status, error=str(error) if isinstance(error, LorabatchError) else repr(error))
+        run.end_with(error)
         raise
+    if failed == total:
+        raise DataError(f"all {total} requests failed", where=output_dir / "completions.jsonl", fix="see the 'error' of its lines")
+    return 0
 
 
 class _Phases:
@@ -126,8 +123,8 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
     device = choose_device(no_cuda=config.no_cuda)
     threads = choose_threads(config.threads)
     dtype = choose_dtype(config.dtype, device)
-    tokenizer = load.load_tokenizer(source.path)
     model_config = load.load_config(source.path)
+    tokenizer = load.load_tokenizer(source.path)
     apart = config.adapter_mode == "mixed"
     if names.folders and apart and (config.backend == "hf" or spec_from_config(model_config) is None):
         raise UnavailableError("not in one batch on the hf backend", where="--adapters", fix="use --adapter_mode merge")

@@ -20,6 +20,7 @@ from lorabatch.infer.runner import Runner
 _MASK = (1 << 64) - 1
 CPU_ROWS = 8  # rows taken at once: their passes over V stay in the caches, and the allocator reuses the memory
 FIRST_WIDTH = 64  # candidates looked at first where top-p or min-p will drop most of the vocabulary
+LEAST_TEMPERATURE = 1e-6  # below it quotients overflow; at it nothing but the likeliest token has any mass left
 WIDENING = 32  # how many times more where they did not suffice
 
 
@@ -150,7 +151,7 @@ def filtered(logits: Tensor, params: Sequence[SamplingParams], width: int) -> tu
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    scaled = logits / column([p.temperature for p in params])
+    scaled = logits / column([max(p.temperature, LEAST_TEMPERATURE) for p in params])
     if width == 0:
         return scaled.softmax(dim=-1), torch.arange(vocabulary, device=logits.device).expand_as(logits), [True] * len(params)
     top, ids = scaled.topk(min(width, vocabulary))

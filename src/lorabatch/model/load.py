@@ -23,10 +23,9 @@ def load_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise DataError(
-            f"config.json cannot be used ({str(error).splitlines()[0]})", where=folder, fix="is it a transformers model folder?"
-        ) from None
+    except Exception as error:  # a class for each kind of mistake
+        what = f"config.json cannot be used ({' '.join(str(error).split())})"
+        raise DataError(what, where=folder, fix="is it a transformers model folder?") from None
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -35,9 +34,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:
         raise DataError(
-            f"no usable tokenizer ({str(error).splitlines()[0]})",
+            f"no usable tokenizer ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})",
             where=folder,
             fix="copy tokenizer.json and tokenizer_config.json beside the weights",
         ) from None
@@ -53,7 +52,10 @@ def end_tokens(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
 
     values = [tokenizer.eos_token_id, config.eos_token_id]
     if (folder / "generation_config.json").exists():
-        values.append(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
+        try:
+            values.append(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"not readable ({error})", where=folder / "generation_config.json", fix="restore or remove it") from None
     flat = [i for v in values for i in (v if isinstance(v, (list, tuple)) else [v])]
     return frozenset(i for i in flat if i is not None)
 

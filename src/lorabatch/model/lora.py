@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorabatch.errors import DataError, UsageError, nearest
 from lorabatch.model.decoder import Decoder
 from lorabatch.model.linear import Adapter, FrozenLinear, Part
-from lorabatch.model.tensorfiles import write_safetensors
+from lorabatch.model.tensorfiles import read_safetensors, write_safetensors
 from lorabatch.records import read_json, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "lorabatch.json"
@@ -218,8 +218,6 @@ def load_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, base_fi
     shapes: path of each linear layer -> (O, I). Raises DataError for anything that does not fit:
     wrong base, unknown or missing keys, features that we cannot apply faithfully.
     """
-    from safetensors.torch import load_file
-
     if not (folder / CONFIG_FILE).exists():
         raise DataError(f"no {CONFIG_FILE}", where=folder, fix="give the folder that training wrote (--save_dir)")
     config = read_json(folder / CONFIG_FILE)
@@ -227,11 +225,8 @@ def load_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, base_fi
     if not (folder / WEIGHTS_FILE).exists():
         hint = " (adapter_model.bin is a pickle and is not read: save it as safetensors)" if (folder / "adapter_model.bin").exists() else ""
         raise DataError(f"no {WEIGHTS_FILE}{hint}", where=folder, fix="copy the weights beside the config or train again")
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except Exception as error:  # the library raises its own class for every kind of damage
-        raise DataError(f"not a readable safetensors file ({error})", where=folder / WEIGHTS_FILE, fix="copy it again") from None
-    _check_base(folder, config, base_fingerprint)
+    tensors = read_safetensors(folder / WEIGHTS_FILE)
+    _check_base(folder, base_fingerprint)
     return LoraWeights(settings, _paired(tensors, shapes, config, folder))
 
 
@@ -248,9 +243,11 @@ def _settings_from(config: dict[str, Any], folder: Path) -> LoraSettings:
     if config.get("bias", "none") != "none":
         raise DataError(f"trains biases (bias={config['bias']})", where=folder / CONFIG_FILE, fix="merge it into the base with peft first")
     for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), (int, float)):
-            raise DataError(f"'{name}' is missing or not a number", where=folder / CONFIG_FILE, fix="restore the file")
+        if not isinstance(config.get(name), (int, float)) or not 0 < config[name] < math.inf:
+            raise DataError(f"'{name}' is missing or not a positive number", where=folder / CONFIG_FILE, fix="restore the file")
     targets = config.get("target_modules") or ()
+    if not isinstance(targets, (str, list, tuple)) or not all(isinstance(target, str) for target in targets):
+        raise DataError("'target_modules' are not names of layers", where=folder / CONFIG_FILE, fix="restore the file")
     return LoraSettings(
         r=int(config["r"]),
         alpha=float(config["lora_alpha"]),
@@ -262,7 +259,7 @@ def _settings_from(config: dict[str, Any], folder: Path) -> LoraSettings:
     )
 
 
-def _check_base(folder: Path, config: dict[str, Any], base_fingerprint: str | None) -> None:
+def _check_base(folder: Path, base_fingerprint: str | None) -> None:
     if base_fingerprint is None or not (folder / BASE_FILE).exists():
         return
     record = read_json(folder / BASE_FILE)
@@ -297,6 +294,8 @@ def _paired(
                 fix="the adapter is for another model",
             )
         pairs[path] = (half["A"].to(torch.float32), half["B"].to(torch.float32))
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in pairs[path]):
+            raise DataError(f"'{path}' holds values that are not finite", where=folder / WEIGHTS_FILE, fix="train again, with a lower --lr")
     return pairs
 
 

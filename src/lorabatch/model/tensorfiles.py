@@ -1,4 +1,4 @@
-"""Writing safetensors so that a reader never sees half a file."""
+"""Safetensors: damage is one line, and a reader never sees half a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lorabatch.errors import DataError
 from lorabatch.records import writing
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file by name, on the CPU. Raises DataError."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # the library raises its own class for every kind of damage
+        raise DataError(f"not a readable safetensors file ({error})", where=path, fix="copy it again") from None
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,6 @@ Only formats that cannot run code are read: safetensors, and ``pytorch_model.bin
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from lorabatch.errors import DataError
 from lorabatch.model.decoder import Decoder, Layer, Norm
 from lorabatch.model.linear import FrozenLinear, Part, Product, can_prepack
 from lorabatch.model.spec import ModelSpec
+from lorabatch.model.tensorfiles import read_safetensors
+from lorabatch.records import read_json
 
 MergeDelta = Callable[[str], Tensor | None]
 """Path of a linear layer -> the fp32 update [O, I] to add before casting, or None."""
@@ -74,21 +75,23 @@ _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder by name. DataError when there are none or a shard is missing."""
-    from safetensors.torch import load_file
-
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         missing = [s for s in shards if not (folder / s).exists()]
         if missing:
             raise DataError(
                 f"{len(missing)} of {len(shards)} weight files are missing ({missing[0]})", where=folder, fix="fetch the model again"
             )
-        return {k: v for shard in shards for k, v in load_file(folder / shard).items()}
+        return {k: v for shard in shards for k, v in read_safetensors(folder / shard).items()}
     if (folder / "model.safetensors").exists():
-        return load_file(folder / "model.safetensors")
+        return read_safetensors(folder / "model.safetensors")
     if (folder / "pytorch_model.bin").exists():
-        return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        try:
+            return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        except Exception as error:  # a class for each kind of damage, and one for what could run code
+            what = f"not readable as weights alone ({str(error).splitlines()[0]})"
+            raise DataError(what, where=folder / "pytorch_model.bin", fix="use a safetensors copy of the model") from None
     raise DataError(
         "no weights (model.safetensors, model.safetensors.index.json or pytorch_model.bin)", where=folder, fix="is this a model folder?"
     )

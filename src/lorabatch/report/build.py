@@ -66,7 +66,7 @@ def with_flags(text: str) -> Markup:
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` atomically, as ``records.write_json`` does."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a folder's name may be no UTF-8
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -36,13 +36,13 @@ class Words:
         if unit == "share":
             value, unit = 100 * value, "%"
         elif unit == "bytes":
-            value, unit = _scaled(value, unit, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+            value, unit = _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
         elif unit in ("bytes/s", "flop/s"):
-            value, unit = _scaled(value, unit, 1000, tuple(f"{p}{'B/s' if unit == 'bytes/s' else unit}" for p in ("", "k", "M", "G", "T")))
+            value, unit = _scaled(value, 1000, tuple(f"{p}{'B/s' if unit == 'bytes/s' else unit}" for p in ("", "k", "M", "G", "T")))
         unit = self(f"unit {unit}") if f"unit {unit}" in TEXT else unit
         return f"{self.number(value, DECIMALS.get(unit))}{'' if unit == '%' else ' '}{unit}".strip()
 
 
-def _scaled(value: float, unit: str, base: int, units: tuple[str, ...]) -> tuple[float, str]:
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> tuple[float, str]:
     power = min(int(math.log(value, base)), len(units) - 1) if value >= 1 else 0
     return value / base**power, units[power]

@@ -168,7 +168,7 @@ def _note_eval(learner: Learner, result: EvalResult) -> bool:
     state.last_eval, state.last_eval_step = result, state.step
     if state.step == 0:
         return False
-    improved = state.best_eval is None or result.loss < state.best_eval.loss
+    improved = math.isfinite(result.loss) and (state.best_eval is None or result.loss < state.best_eval.loss)
     if improved:
         state.best_eval, state.best_step, state.evals_without_gain = result, state.step, 0
         state.best_weights = learner.adapters.flat.detach().cpu().clone()

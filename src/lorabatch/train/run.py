@@ -197,8 +197,8 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
         decided = [f.state["identity"]["content"]["dtype"] for f in found if f]
         dtype = ranks.from_first(choose_dtype(decided[0] if decided and config.dtype == "auto" else config.dtype, device))
         with phases.measured("tokenise_s"):
-            tokenizer = load.load_tokenizer(source.path)
             model_config = load.load_config(source.path)
+            tokenizer = load.load_tokenizer(source.path)
             corpora = _tokenise(plans, model_config, tokenizer)
         if len(plans) > 1 and spec_from_config(model_config) is None:
             raise UnavailableError(
