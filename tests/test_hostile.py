@@ -64,7 +64,8 @@ def test_a_run_folder_has_one_writer_until_it_is_gone(tiny_llama_dir, prompts, t
         before = (run / "run.json").read_bytes()
         for flags in (["--resume", "auto"], ["--overwrite"]):
             assert main(train_flags(tiny_llama_dir, prompts, run, *flags)) == 69
-            assert "another process is at work in this run folder" in capsys.readouterr().err
+            words = f"another process is at work in this run folder (process {other.pid} on {os.uname().nodename}); wait for its end"
+            assert words in capsys.readouterr().err
             assert (run / "run.json").read_bytes() == before
         other.send_signal(signal.SIGKILL)
         other.wait()

@@ -164,18 +164,24 @@ class JsonlWriter:
 def _locked(folder: Path, folder_flag: str) -> BinaryIO | None:
     """A lock that the kernel takes back when this process ends, however it ends; None on file systems that know none.
 
-    Raises UnavailableError where another process has it: two writers would mix their lines.
+    Raises UnavailableError where another process has it: two writers would mix their lines. The file says whose it is,
+    because a server of files may keep a lock for a while after the node that had it died.
     """
-    file = (folder / ".lock").open("ab")
+    path = folder / ".lock"
+    file = path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        fix = f"wait for its end, or choose another {folder_flag}"
-        raise UnavailableError("another process is at work in this run folder", where=folder, fix=fix) from None
+        fix = f"wait for its end, choose another {folder_flag}, or remove {path} if it is gone"
+        owner = path.read_text(encoding="utf-8")
+        raise UnavailableError(f"another process is at work in this run folder ({owner})", where=folder, fix=fix) from None
     except OSError:
         file.close()
         return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
+    file.flush()
     return file
 
 
