@@ -69,6 +69,12 @@ def test_recorded_results_count_their_tokens(path):
                 assert result["tokens_per_s"] == pytest.approx([result["output_tokens"] / s for s in result["seconds"]])
 
 
+def test_the_table_of_adapters_shows_each_way_of_a_cell():
+    cell = {"adapters": 4, "requests": 64, "max_new_tokens": 8, "rounds": 2}
+    rows = [cell | {"way": w, "tokens_per_s": t, "mixed_ratio": 1000 / t} for w, t in (("mixed", 1000.0), ("peft", 100.0))]
+    assert "| 4 | 64 | 8 | 1,000, 2 | – | 100 (10.00x), 2 |" in tables.adapters_summary({"summary": rows}, "en")
+
+
 def test_distinct_prompts_are_distinct():
     infer = runpy.run_path(str(BENCHMARKS / "infer.py"))
     prompts = infer["prompt_texts"]("distinct", 256)

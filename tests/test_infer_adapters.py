@@ -192,17 +192,20 @@ def test_another_alpha_is_another_adapter(tiny_llama_dir, tmp_path, adapters, fl
     more = [flags[0], f"cardio={folder}" if named else str(folder), *flags[1:]]
     rows = rows_for(("cardio" if named else None,))
     infer(tiny_llama_dir, rows, tmp_path / "run", *more)
+    figures = (tmp_path / "run" / "out" / "metrics.json").read_bytes()
     infer(tiny_llama_dir, rows, tmp_path / "run", *more, "--resume")
+    assert (tmp_path / "run" / "out" / "metrics.json").read_bytes() == figures, "nothing was left to do, nothing was measured"
     config = read_json(folder / CONFIG_FILE)
     write_json(folder / CONFIG_FILE, config | {"lora_alpha": config["lora_alpha"] * 2})
     with pytest.raises(AssertionError, match="64"):
         infer(tiny_llama_dir, rows, tmp_path / "run", *more, "--resume")
 
 
-def test_the_model_of_an_openai_line_names_the_adapter(tiny_llama_dir, tmp_path, adapters):
+def test_the_model_of_an_openai_line_names_the_adapter(tiny_llama_dir, tmp_path, adapters, capsys):
     bank = ["--adapters", *(f"{name}={folder}" for name, folder in adapters.items())]
     lines = [{"custom_id": m, "body": {"model": m, "prompt": "The patient 0 has a fever"}} for m in ("cardio", "gpt-any", "onco")]
     found = infer(tiny_llama_dir, lines, tmp_path / "openai", *bank, "--order", "adapter", "--output_format", "openai")
+    assert "model 'gpt-any' (none of --adapters: the base answers)" in capsys.readouterr().out
     ours = infer(tiny_llama_dir, rows_for(("cardio", None, "onco")), tmp_path / "ours", *bank)
     assert {k: (r["adapter"], r["text"]) for k, r in found.items()} == {
         k: (name, ours[f"{name}-0"]["text"]) for k, name in (("cardio", "cardio"), ("gpt-any", None), ("onco", "onco"))

@@ -34,6 +34,8 @@ def as_row(line: Mapping[str, Any], where: str, *, adapters: Container[str] = ()
         body |= {"logprobs": top} if wanted else {}
     if body.get("model") in adapters:
         body["adapter"] = body.pop("model")
+    elif adapters and "model" in body:
+        body[f"model '{body.pop('model')}' (none of --adapters: the base answers)"] = None
     row: dict[str, Any] = {"id": line["custom_id"], **body}
     if line.get("url") not in (None, *URLS):
         row["error"] = f"url '{line['url']}' is not one of {', '.join(URLS)}"

@@ -202,7 +202,7 @@ def _infer(
         passes: list[metrics.Pass] = []
         with run.jsonl(completions.name) as file:
             work = _Work(prompts, loaded, config, done, failed, file)
-            for model, mask in _turns(loaded, config, prompts, done):
+            for model, mask in _turns(loaded, config, prompts, done) if 0 in done else ():
                 phases.end("load")
                 passes += work.run(model, mask, phases, signals)
                 phases.begin()
@@ -216,6 +216,9 @@ def _infer(
         sink.write_openai_file(
             run.path / "batch_output.jsonl", completions, model=source.name, created=int(time.time()), adapters=prompts.adapters.folders
         )
+    if 0 not in done and (run.path / "metrics.json").exists():
+        print(f"all {len(prompts)} requests were finished earlier; metrics.json stays as it is")
+        return failed, len(prompts)
     figures = metrics.metrics(
         passes,
         loaded.model,
