@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -98,7 +99,8 @@ def spawn(args: argparse.Namespace, trainer: str, adapter: Path) -> dict[str, An
     for name in ("base_model", "steps", "batch_size", "max_len", "threads"):
         if getattr(args, name) is not None:
             command += [f"--{name}", str(getattr(args, name))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    ceilings = {"LORABATCH_CEILINGS": str(adapter.parent / "ceilings")}  # of this hour: the machine's own share comes and goes
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ceilings)
     return {} if trainer == "adapter" else json.loads(done.stdout.splitlines()[-1])
 
 
