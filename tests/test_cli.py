@@ -320,6 +320,7 @@ def wait_for_lines(path, count, process):
     raise AssertionError(f"{path} did not reach {count} lines")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_a_killed_inference_is_finished_by_resume(number, tiny_llama_dir, tmp_path):
     prompts = tmp_path / "p.txt"
@@ -398,6 +399,7 @@ sys.exit(main({argv!r}))
 """
 
 
+@pytest.mark.slow
 def test_training_and_inference_make_no_network_call(tiny_llama_dir, corpus, tmp_path):
     environment = {k: v for k, v in os.environ.items() if "OFFLINE" not in k}
     lora = tmp_path / "lora"

@@ -43,6 +43,7 @@ def train_flags(model, corpus, save_dir, *more):
     return ["train", *map(str, words), "--dtype", "fp32"]
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_end_the_run(tiny_llama_dir, prompts, tmp_path):
     """Like ``lorabatch infer ... 2>&1 | head -0``: nobody reads, from the first word on."""
     read, write = os.pipe()
