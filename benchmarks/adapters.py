@@ -16,18 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from infer import PEERS_HOME, prompt_texts
-from tables import agreement
+from tables import agreement, results_name
 
 from lorabatch import hub
 from lorabatch.measure.environment import environment
@@ -183,8 +181,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="appended to [benchmarks/results/adapters-CPU-DATE.json]")
     options = parser.parse_args()
     where = environment()
-    cpu = re.sub(r"[^a-z0-9]+", "-", f"{where['cpu']}".lower()).strip("-")
-    output = options.output or HERE / "results" / f"adapters-{cpu}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
+    output = options.output or HERE / "results" / results_name("adapters", str(where["cpu"]))
     results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"kind": "adapters", "runs": [], "checks": []}
     work = Work(options, hub.find_model(options.base_model).path)
     cell = {n: getattr(options, n) for n in ("base_model", "adapters", "requests", "batch_size", "max_new_tokens", "threads")}

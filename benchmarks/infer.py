@@ -20,12 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tables import agreement
+from tables import agreement, results_name
 
 from lorabatch import hub
 from lorabatch.measure.environment import environment
@@ -198,8 +197,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="appended to [benchmarks/results/infer-CPU-DATE.json]")
     options = parser.parse_args()
     where = environment()
-    cpu = re.sub(r"[^a-z0-9]+", "-", f"{where['cpu']}".lower()).strip("-")
-    output = options.output or HERE / "results" / f"infer-{cpu}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
+    output = options.output or HERE / "results" / results_name("infer", str(where["cpu"]))
     model = hub.find_model(options.base_model).path
     facts = {"base_model": options.base_model, "threads": options.threads, "max_new_tokens": options.max_new_tokens, "environment": where}
     for mode in options.modes:

@@ -10,6 +10,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ WORDS = {
     },
 }
 Sitting = dict[str, Any]
+
+
+def results_name(kind: str, host: str) -> str:
+    """KIND-HOST-DATE.json: where a benchmark of today keeps what it found on this machine."""
+    return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', host.lower()).strip('-')}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
 
 
 def newest(kind: str) -> dict[str, Any]:

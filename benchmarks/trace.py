@@ -16,14 +16,14 @@ import argparse
 import csv
 import json
 import random
-import re
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from tables import results_name
 
 from lorabatch import hub
 from lorabatch.measure.environment import environment
@@ -61,8 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="appended to [benchmarks/results/trace-CPU-DATE.json]")
     options = parser.parse_args()
     where = environment()
-    cpu = re.sub(r"[^a-z0-9]+", "-", f"{where['cpu']}".lower()).strip("-")
-    output = options.output or HERE / "results" / f"trace-{cpu}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
+    output = options.output or HERE / "results" / results_name("trace", str(where["cpu"]))
     settings = {n: getattr(options, n) for n in ("base_model", "batch_size", "prefill_tokens", "max_len", "order")}
     with tempfile.TemporaryDirectory() as scratch:
         file, out = Path(scratch) / "prompts.jsonl", Path(scratch) / "run"

@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +54,12 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    from tables import train_summary
+    from tables import results_name, train_summary
 
     from lorabatch.measure.environment import environment
 
     here = environment()
-    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    host = re.sub(r"[^a-z0-9]+", "-", f"{here['cpu']} {here['usable_cores']} cores".lower()).strip("-")
-    path = args.output_dir / f"train-{host}-{stamp}.json"
+    path = args.output_dir / results_name("train", f"{here['cpu']} {here['usable_cores']} cores")
     record: dict[str, Any] = {"runs": []}
     if args.append and path.exists():
         record = json.loads(path.read_text(encoding="utf-8"))

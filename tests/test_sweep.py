@@ -162,7 +162,10 @@ def whole_sweep(tiny_llama_dir, tmp_path_factory):
 def test_a_sweep_stopped_in_the_middle_of_a_task_ends_with_the_same_bits(number, whole_sweep, tmp_path):
     (file, whole), folder = whole_sweep, tmp_path / "sweep"
     with sweep(file, folder) as process:
-        checkpoints = lambda: len(list(folder.glob("tasks/*/output-000/*/checkpoints/*/COMPLETE")))  # noqa: E731
+
+        def checkpoints() -> int:
+            return len(list(folder.glob("tasks/*/output-000/*/checkpoints/*/COMPLETE")))
+
         end = time.monotonic() + 240
         while checkpoints() < 8:  # two of each trial
             assert time.monotonic() < end and process.poll() is None, Path(f"{folder}.log").read_text()
