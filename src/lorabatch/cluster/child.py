@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +38,20 @@ class Ended:
             raise error
 
 
-def run_child(words: Sequence[str | Path], log: Path, signals: StopSignals) -> Ended:
+def run_child(words: Sequence[str | Path], log: Path, signals: StopSignals, *, cores: Sequence[int] | None = None, place: int = 0) -> Ended:
     """Run ``lorabatch WORDS...`` with its output in ``log``. A signal to us is passed on as SIGTERM.
+
+    ``cores``: the only ones it may use, as the ``place``-th of several children; that one also chooses its GPU by its place.
 
     Raises InterruptedRun when it stopped because of a signal, with its work saved.
     """
+    environment = os.environ | ({} if cores is None else {"LOCAL_RANK": str(place)})
     with log.open("ab") as file:
-        child = subprocess.Popen([sys.executable, "-m", "lorabatch", *map(str, words)], stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        command = [sys.executable, "-m", "lorabatch", *map(str, words)]
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+        if cores is not None:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(child.pid, cores)  # before it has a second thread
         asked = False
         while child.poll() is None:
             if signals and not asked:

@@ -110,7 +110,7 @@ def _abandoned(folder: Path, generation: int, timeout_s: float) -> bool:
         return True
     except (OSError, ValueError, KeyError):  # being written just now, or another user's process: its age decides
         pass
-    probe = folder / f".now-{socket.gethostname()}-{os.getpid()}"
+    probe = folder / f".now-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     probe.touch()
     now = probe.stat().st_mtime
     probe.unlink()

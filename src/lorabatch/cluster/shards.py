@@ -1,6 +1,6 @@
-"""``lorabatch infer --shards N``: one prompt file, any number of processes, one result.
+"""``lorabatch infer --shards N``, ``--processes N``: one prompt file, any number of processes, one result.
 
-Every process runs the same command. The first writes ``plan.json``; each claims shards until none is free,
+Every process runs the same command (``--processes`` does the work of N of them, each on its own cores). The first writes ``plan.json``; each claims shards until none is free,
 and computes a shard with ``lorabatch infer --rows FIRST:END`` in a child process, so that a prompt that
 takes its process down costs one process. A range whose process died is not tried as a whole again but in
 halves; a single prompt that does it is put into quarantine, as an error record. Whoever sees the last
@@ -14,27 +14,35 @@ from __future__ import annotations
 import os
 import sys
 import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lorabatch import hub
 from lorabatch.cluster.child import run_child
 from lorabatch.cluster.claims import DONE, Claim, died, is_done, owners, work_through
+from lorabatch.cluster.crew import share_cores, watched
 from lorabatch.config import InferConfig
 from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UnavailableError, UsageError
 from lorabatch.infer.adapters import files_sha256
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import completion_record
+from lorabatch.infer.run import default_output_dir
 from lorabatch.infer.sink import write_openai_file
-from lorabatch.measure.environment import environment
+from lorabatch.measure.environment import environment, usable_cores
 from lorabatch.measure.statistics import rate, summary
 from lorabatch.records import RunFolder, dumps, read_json, read_jsonl, replacing, utc_now, write_json
 from lorabatch.signals import StopSignals
 
 # What may differ between the processes that share the work.
 FREE = {"output_dir", "resume", "batch_size", "threads", "no_cuda", "prefill_tokens", "output_order", "claim_timeout_s", "leave_early"}
+FREE |= {"shards", "processes"}  # the bounds say what matters of them
 NO_KEY = "0" * 16  # of a quarantined record: a later process may try again
 QUARANTINE = "the process that computed this request died ({reason}); quarantined"
 
@@ -45,23 +53,35 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
     Raises UsageError for a folder with other work, InterruptedRun after a signal, and what the children
     report as the user's mistake.
     """
+    if config.output_dir is None and config.shards is None:
+        config = replace(config, output_dir=str(default_output_dir(config)))
     if not config.output_dir or config.overwrite or config.rows or config.iters > 1:
         fix = "give --output_dir, the same for all processes; leave --overwrite, --rows and --iters out"
-        raise UsageError("cannot work with these flags", where="--shards", fix=fix)
+        raise UsageError("cannot work with these flags", where="--shards, --processes", fix=fix)
+    crew: list[list[int] | None] = list(share_cores(os.sched_getaffinity(0), config.processes)) if config.processes != 1 else [None]
     folder = Path(config.output_dir)
     prompts = PromptFile(Path(config.prompts), replace(config, rows=None))
-    plan = _plan(config, prompts, folder, command)
-    shards = [folder / "shards" / f"{i:04d}" for i in range(len(plan["bounds"]) - 1)]
-    with StopSignals() as signals:
+    plan = _plan(config, prompts, folder, command, default_shards=len(crew))
+    spans = list(pairwise(plan["bounds"]))
+    shards = [folder / "shards" / f"{i:04d}" for i in range(len(spans))]
+    owed = Counter(bisect_right(plan["bounds"], request.index) - 1 for request in prompts)
+    with StopSignals() as signals, watched(shards, [owed[i] for i in range(len(shards))]):
 
-        def work(index: int, claim: Claim) -> None:
-            first, end = plan["bounds"][index : index + 2]
-            _Shard(claim, config, signals).complete(first, end)
-            print(f"shard {index} (prompts {first} to {end - 1}) done; {sum(map(is_done, shards))} of {len(shards)}", flush=True)
+        def worker(place: int, cores: list[int] | None, *, wait: bool) -> int:
+            """Shards until none is free; how many are not done. One of as many workers as there are parts of the cores."""
+            mine = config if cores is None else replace(config, threads=config.threads or max(1, usable_cores() // len(crew)))
 
-        left = work_through(
-            shards, work, timeout_s=config.claim_timeout_s, wait=not config.leave_early, stop_requested=lambda: bool(signals)
-        )
+            def work(index: int, claim: Claim) -> None:
+                first, end = spans[index]
+                _Shard(claim, mine, signals, cores, place).complete(first, end)
+                print(f"shard {index} (prompts {first} to {end - 1}) done; {sum(map(is_done, shards))} of {len(shards)}", flush=True)
+
+            return work_through(shards, work, timeout_s=config.claim_timeout_s, wait=wait, stop_requested=lambda: bool(signals))
+
+        with ThreadPoolExecutor(len(crew)) as pool:
+            for ended in [pool.submit(worker, place, cores, wait=False) for place, cores in enumerate(crew)]:
+                ended.result()
+        left = worker(0, None, wait=not config.leave_early)  # what others hold, should they die
         if left and signals:
             raise InterruptedRun(
                 f"stopped by {signals.received.name if signals.received else 'a signal'}; {left} shards left",
@@ -75,10 +95,13 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
     return 0
 
 
-def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[str]) -> dict[str, Any]:
+def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[str], *, default_shards: int) -> dict[str, Any]:
     """The plan on disk, made if there is none. UsageError if it is of other work."""
     num_prompts = 1 + max(request.index for request in prompts)
-    shards = min(config.shards or 1, num_prompts)
+    path = folder / "plan.json"
+    if config.shards is None and path.exists():
+        default_shards = len(read_json(path)["bounds"]) - 1
+    shards = min(config.shards or default_shards, num_prompts)
     config_kept = {k: v for k, v in config.to_dict().items() if k not in FREE}
     plan = {
         "schema_version": 1,
@@ -87,7 +110,6 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
         "bounds": [i * num_prompts // shards for i in range(shards + 1)],
         "config": config_kept,
     }
-    path = folder / "plan.json"
     if not path.exists():
         # The plan comes before run.json: a run folder without one, looked at in this order, is no work of ours.
         if (folder / "run.json").exists() and not path.exists():
@@ -115,8 +137,9 @@ def _adapter_folders(config: InferConfig, prompts: PromptFile) -> dict[str, Path
 class _Shard:
     """The computation of one claimed shard."""
 
-    def __init__(self, claim: Claim, config: InferConfig, signals: StopSignals) -> None:
+    def __init__(self, claim: Claim, config: InferConfig, signals: StopSignals, cores: Sequence[int] | None, place: int) -> None:
         self._claim, self._config, self._signals = claim, config, signals
+        self._cores, self._place = cores, place
         self._files: list[Path] = []
         self._quarantined: list[str] = []
         self._started = time.perf_counter()
@@ -127,6 +150,7 @@ class _Shard:
         settings = replace(
             self._config,
             shards=None,
+            processes=1,
             rows=None,
             output_dir=None,
             leave_early=False,
@@ -165,7 +189,7 @@ class _Shard:
         with (folder / "completions.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(dumps(record) + "\n" for record in self._finished_earlier(first, end))
         words: list[str | Path] = ["infer", "--config", self._settings, "--rows", f"{first}:{end}", "--output_dir", folder, "--resume"]
-        ended = run_child(words, folder / "log.txt", self._signals)
+        ended = run_child(words, folder / "log.txt", self._signals, cores=self._cores, place=self._place)
         if ended.code == 0 or (ended.code == 65 and self._all_recorded(folder, first, end)):
             return None
         ended.raise_mistake()
