@@ -1,4 +1,4 @@
-"""Progress for people: a tqdm bar on a terminal, a plain line now and then in a log."""
+"""Progress for people: a tqdm bar on a terminal, a plain line now and then in a log; and where the time of a start went."""
 
 from __future__ import annotations
 
@@ -52,6 +52,23 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class Phases:
+    """Seconds of each phase; a phase is what passed since the last one ended."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.all_are: str | None = None  # the name that every phase has from now on
+        self._last = time.perf_counter()
+
+    def begin(self) -> None:
+        """What passed since the last phase belongs to none."""
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now, name = time.perf_counter(), self.all_are or name
+        self.seconds[name], self._last = self.seconds.get(name, 0.0) + now - self._last, now
 
 
 def clock(seconds: float) -> str:

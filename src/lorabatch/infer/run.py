@@ -19,7 +19,7 @@ from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import Request, completion_record
 from lorabatch.measure.environment import environment, gpu_description
 from lorabatch.measure.system import SystemSampler
-from lorabatch.progress import Progress
+from lorabatch.progress import Phases, Progress
 from lorabatch.records import JsonlWriter, RunFolder, write_json
 from lorabatch.signals import StopSignals
 
@@ -41,7 +41,7 @@ def run_inference(config: InferConfig, command: list[str]) -> int:
     hub.prepare_environment()
     if config.resume and not config.output_dir:
         raise UsageError("needs to know which run", where="--resume", fix="name it with --output_dir")
-    phases = _Phases()
+    phases = Phases()
     prompts = PromptFile(Path(config.prompts), config)
     phases.end("check")
     if prompts.ignored:
@@ -79,23 +79,6 @@ def run_inference(config: InferConfig, command: list[str]) -> int:
     if failed == total:
         raise DataError(f"all {total} requests failed", where=output_dir / "completions.jsonl", fix="see the 'error' of its lines")
     return 0
-
-
-class _Phases:
-    """Seconds of each phase of the start-up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.turn = 0  # of adapters that are merged; what the later ones take is listed as "turns"
-        self._last = time.perf_counter()
-
-    def begin(self) -> None:
-        """What passed since the last phase belongs to none."""
-        self._last = time.perf_counter()
-
-    def end(self, name: str) -> None:
-        now, name = time.perf_counter(), "turns" if self.turn else name
-        self.seconds[name], self._last = self.seconds.get(name, 0.0) + now - self._last, now
 
 
 @dataclass
@@ -188,7 +171,7 @@ def _infer(
     source: hub.ModelSource,
     adapter_dir: Path | None,
     prompts: PromptFile,
-    phases: _Phases,
+    phases: Phases,
     signals: StopSignals,
 ) -> tuple[int, int]:
     """(failed, all) requests of this run, earlier finished ones included."""
@@ -206,7 +189,7 @@ def _infer(
                 phases.end("load")
                 passes += work.run(model, mask, phases, signals)
                 phases.begin()
-                phases.turn += 1
+                phases.all_are = "turns"  # what the later ones of --adapter_mode merge take
                 if signals:
                     break
             work.progress.close()
@@ -255,7 +238,7 @@ class _Work:
         left = len(prompts) - sum(done)
         self.progress = Progress(sum(done) + left * config.iters, unit="request", description="infer", done=sum(done))
 
-    def run(self, model: Any, mask: bytearray, phases: _Phases, signals: StopSignals) -> list[Pass]:
+    def run(self, model: Any, mask: bytearray, phases: Phases, signals: StopSignals) -> list[Pass]:
         """``--iters`` passes over what is not masked; only the first is recorded."""
         from lorabatch.infer.metrics import Latencies
         from lorabatch.infer.session import Session

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,10 @@ from lorabatch.corpus.readers import Document, read_documents
 from lorabatch.errors import InterruptedRun, LorabatchError, UnavailableError, UsageError
 from lorabatch.measure.environment import environment, gpu_description
 from lorabatch.measure.system import SystemSampler
-from lorabatch.progress import Progress
+from lorabatch.progress import Phases, Progress
 from lorabatch.records import RunFolder, read_json
 from lorabatch.signals import Deadline, StopSignals
 from lorabatch.train.jobfile import check_shared, read_jobs
-
-
-@dataclass
-class Phases:
-    """Seconds by phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measured(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -175,17 +159,18 @@ def _is_done(plan: _Plan) -> bool:
 def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[LorabatchError | None]:
     """Load once, then train, save and record each run; what ended each early."""
     config, source, ranks = work.config, work.source, work.ranks
-    phases = Phases()
     with SystemSampler(work.folder / "system.jsonl") as sampler:
-        with phases.measured("import_s"):
-            from lorabatch.model import load
-            from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads, keep_freed_memory
-            from lorabatch.model.spec import spec_from_config
-            from lorabatch.train import checkpoint
-            from lorabatch.train.job import Base, Job
-            from lorabatch.train.loop import Lane, alone, drive
-            from lorabatch.train.planner import configure, plan
-            from lorabatch.train.together import together
+        phases = Phases()
+        from lorabatch.model import load
+        from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads, keep_freed_memory
+        from lorabatch.model.spec import spec_from_config
+        from lorabatch.train import checkpoint
+        from lorabatch.train.job import Base, Job
+        from lorabatch.train.loop import Lane, alone, drive
+        from lorabatch.train.planner import configure, plan
+        from lorabatch.train.together import together
+
+        phases.end("import_s")
         found = [
             ranks.from_first(checkpoint.find(p.config.resume, run.path) if p.config.resume and ranks.is_first else None)
             for p, run in zip(plans, runs, strict=True)
@@ -196,25 +181,26 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
         # A timing decides "auto": once for all ranks, and a resumed run does not decide again.
         decided = [f.state["identity"]["content"]["dtype"] for f in found if f]
         dtype = ranks.from_first(choose_dtype(decided[0] if decided and config.dtype == "auto" else config.dtype, device))
-        with phases.measured("tokenise_s"):
-            model_config = load.load_config(source.path)
-            tokenizer = load.load_tokenizer(source.path)
-            corpora = _tokenise(plans, model_config, tokenizer)
+        phases.begin()
+        model_config = load.load_config(source.path)
+        tokenizer = load.load_tokenizer(source.path)
+        corpora = _tokenise(plans, model_config, tokenizer)
+        phases.end("tokenise_s")
         if len(plans) > 1 and spec_from_config(model_config) is None:
             raise UnavailableError(
                 f"the native decoder does not know this kind of {model_config.model_type} model, and only it takes several adapters",
                 where="--jobs",
                 fix="train them one by one (a sweep: with --runs_per_task 1)",
             )
-        with phases.measured("load_s"):
-            model: Any = load.load_model(
-                source, model_config, backend=config.backend, dtype=dtype, device=device, product=_product(config, ranks)
-            )
-            base = Base(model, len(plans) > 1, source, device, dtype, threads, ranks, work.signals, work.deadline, sampler, phases.seconds)
-            jobs = [Job(base, p.name, *rest) for p, *rest in zip(plans, runs, (p.config for p in plans), corpora, found, strict=True)]
-            configure(model, plans[0].config)
-            largest = replace(config, lora_r=max(p.config.lora_r for p in plans), max_len=max(p.config.max_len for p in plans))
-            planned = plan(model, largest, sum(job.learner.adapters.num_params for job in jobs))
+        model: Any = load.load_model(
+            source, model_config, backend=config.backend, dtype=dtype, device=device, product=_product(config, ranks)
+        )
+        base = Base(model, len(plans) > 1, source, device, dtype, threads, ranks, work.signals, work.deadline, sampler, phases.seconds)
+        jobs = [Job(base, p.name, *rest) for p, *rest in zip(plans, runs, (p.config for p in plans), corpora, found, strict=True)]
+        configure(model, plans[0].config)
+        largest = replace(config, lora_r=max(p.config.lora_r for p in plans), max_len=max(p.config.max_len for p in plans))
+        planned = plan(model, largest, sum(job.learner.adapters.num_params for job in jobs))
+        phases.end("load_s")
         machine = {
             "device": str(device),
             "dtype": TYPE_NAMES[dtype],
