@@ -358,6 +358,8 @@ def test_wrong_tensors_are_named(broken, saved_adapter, change, message):
         ({"layer_replication": [[0, 2]]}, "uses layer_replication"),
         ({"bias": "lora_only"}, "bias=lora_only"),
         ({"peft_type": "IA3"}, "peft_type is IA3, not LORA"),
+        ({"r": 8}, "has rank 4 and adapter_config.json says 8"),
+        ({"rank_pattern": {"layers.1.self_attn.q_proj": 2}}, "'model.layers.1.self_attn.q_proj' has rank 4 and adapter_config.json says 2"),
         ({"target_modules": ["q_proj", "down_proj", "up_proj"]}, "'model.layers.0.mlp.up_proj' are missing"),
     ],
 )

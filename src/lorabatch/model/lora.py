@@ -41,8 +41,16 @@ class LoraSettings:
 
     def scale(self, path: str, rank: int) -> float:
         """``alpha / r``, or ``alpha / sqrt(r)`` with rank-stabilised LoRA (arXiv 2312.03732)."""
-        alpha = next((a for pattern, a in self.alpha_pattern.items() if re.match(rf"(.*\.)?({pattern})$", path)), self.alpha)
+        alpha = _exception(self.alpha_pattern, path, self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def rank(self, path: str) -> int:
+        return _exception(self.rank_pattern, path, self.r)
+
+
+def _exception(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any:
+    """What peft's per-layer patterns say of a layer."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), otherwise)
 
 
 @dataclass(frozen=True)
@@ -227,7 +235,12 @@ def load_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, base_fi
         raise DataError(f"no {WEIGHTS_FILE}{hint}", where=folder, fix="copy the weights beside the config or train again")
     tensors = read_safetensors(folder / WEIGHTS_FILE)
     _check_base(folder, base_fingerprint)
-    return LoraWeights(settings, _paired(tensors, shapes, config, folder))
+    weights = LoraWeights(settings, _paired(tensors, shapes, config, folder))
+    for path, (a, _) in weights.pairs.items():
+        if len(a) != settings.rank(path):  # the scale depends on it, so one of the two files is of another adapter
+            what = f"'{path}' has rank {len(a)} and {CONFIG_FILE} says {settings.rank(path)}"
+            raise DataError(what, where=folder / WEIGHTS_FILE, fix="restore both files from one training run")
+    return weights
 
 
 def _settings_from(config: dict[str, Any], folder: Path) -> LoraSettings:
