@@ -19,7 +19,7 @@ from torch import Tensor
 from lorabatch.model.fused import passes_for
 from lorabatch.model.linear import FrozenLinear
 
-CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 16 MiB in bf16, about what a processor's last cache holds
+CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 32 MiB in bf16; half and twice as many cost the same (docs/LOG.md)
 
 
 @dataclass(frozen=True)
