@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from helpers import native, random_ids, tiny_model
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.tokens import TokenDocument
 from lorabatch.errors import TrainingError
+from lorabatch.measure import system
+from lorabatch.measure.system import ControlGroup
+from lorabatch.model.device import free_bytes, out_of_memory
 from lorabatch.model.lora import LoraSettings
 from lorabatch.train.loop import train_step
-from lorabatch.train.planner import configure, halved, out_of_memory
+from lorabatch.train.planner import configure, halved
 from lorabatch.train.ranks import ALONE
 from lorabatch.train.state import Learner
 
@@ -79,7 +83,19 @@ def test_out_of_memory_repeats_the_step_in_smaller_blocks(capsys):
     assert "blocks of 64 tokens: the step is repeated with blocks of 32" in capsys.readouterr().err
     with pytest.raises(TrainingError, match="one document at a time"):
         halved(8, documents(), MemoryError())
-    assert not out_of_memory(RuntimeError("shape mismatch"))
+    assert not out_of_memory(RuntimeError("shape mismatch")) and out_of_memory(RuntimeError("could not create a memory object"))
+
+
+def test_free_memory_is_what_the_jobs_group_leaves(tmp_path, monkeypatch):
+    """Slurm limits the group of the job, not the root of all groups; a model file that was read counts as free."""
+    job = tmp_path / "system.slice/job_7"
+    job.mkdir(parents=True)
+    (tmp_path / "cgroup.controllers").write_text("cpu memory\n")
+    (tmp_path / "membership").write_text("0::/system.slice/job_7/step_0\n")
+    for name, text in (("max", "3000000"), ("current", "2500000"), ("stat", "anon 1900000\ninactive_file 600000\nactive_file 5")):
+        (job / f"memory.{name}").write_text(f"{text}\n")
+    monkeypatch.setattr(system, "ControlGroup", partial(ControlGroup, tmp_path, tmp_path / "membership"))
+    assert free_bytes(torch.device("cpu")) == 1_100_000
 
 
 def test_lora_plus_is_pefts():

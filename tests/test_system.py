@@ -71,6 +71,8 @@ def test_limits_of_a_version_2_group_are_the_tightest_on_the_way_up(tmp_path):
 def test_limits_of_a_version_1_group(tmp_path):
     root = tmp_path / "cgroup"
     write(root / "memory/slurm/job/memory.limit_in_bytes", f"{3 * 2**30}\n")
+    write(root / "memory/slurm/job/memory.usage_in_bytes", f"{2**30}\n")
+    write(root / "memory/slurm/job/memory.stat", "inactive_file 7\ntotal_inactive_file 9\n")
     write(root / "memory/memory.limit_in_bytes", f"{2**63 - 4096}\n")
     write(root / "cpu,cpuacct/slurm/job/cpu.cfs_quota_us", "-1\n")
     write(root / "cpu,cpuacct/slurm/job/cpu.cfs_period_us", "100000\n")
@@ -78,7 +80,7 @@ def test_limits_of_a_version_1_group(tmp_path):
     write(tmp_path / "membership", "4:memory:/slurm/job\n2:cpu,cpuacct:/slurm/job\n")
     group = ControlGroup(root, tmp_path / "membership")
     assert group.limits() == {"cgroup_memory_bytes": 3 * 2**30, "cgroup_cores": None}
-    assert group.throttled_s() == 1.5
+    assert group.throttled_s() == 1.5 and group.left_bytes() == 2**31 + 9
 
 
 def test_no_group_is_no_limit(tmp_path):

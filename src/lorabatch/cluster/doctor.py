@@ -21,7 +21,7 @@ from lorabatch import hub, slurm
 from lorabatch.config import DoctorConfig
 from lorabatch.errors import LorabatchError
 from lorabatch.measure.environment import usable_cores
-from lorabatch.measure.system import ControlGroup
+from lorabatch.measure.system import free_memory_bytes
 
 GIB = 2**30
 TORCH_RELEASES = ((2, 11), (2, 13))  # first and last that we test with
@@ -159,20 +159,12 @@ def _threads(_: DoctorConfig) -> Iterator[Finding]:
 
 
 def _memory(_: DoctorConfig) -> Iterator[Finding]:
-    limit = _memory_bytes()
-    level, fix = ("ok", "") if limit >= MINIMUM_MEMORY_BYTES else ("FAIL", "ask for more, for example --mem=8G")
-    yield Finding("memory", level, f"{limit / GIB:.1f} GiB usable", fix)
+    free = free_memory_bytes()
+    level, fix = ("ok", "") if free >= MINIMUM_MEMORY_BYTES else ("FAIL", "ask for more, for example --mem=8G")
+    yield Finding("memory", level, f"{free / GIB:.1f} GiB usable", fix)
     files, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= files < 256:
         yield Finding("memory", "warn", f"only {files} open files allowed", "ulimit -n 4096")
-
-
-def _memory_bytes() -> float:
-    """What this process may still take: free memory, or the control group's limit if that is less."""
-    import psutil
-
-    available = float(psutil.virtual_memory().available)
-    return min(available, ControlGroup().limits()["cgroup_memory_bytes"] or available)
 
 
 def _disk(config: DoctorConfig) -> Iterator[Finding]:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import psutil
 import torch
 
 from lorabatch.config import InferConfig
@@ -19,6 +18,7 @@ from lorabatch.infer.engine import Engine, PassStats
 from lorabatch.infer.feed import Feed
 from lorabatch.infer.requests import Request
 from lorabatch.infer.runner import Runner, make_runner
+from lorabatch.model.device import free_bytes, out_of_memory
 from lorabatch.model.hf import HfModel
 from lorabatch.model.load import Model
 from lorabatch.model.lora import LoraWeights
@@ -97,7 +97,7 @@ class Session:
             self._engine = self._engine or self._new_engine()
             self._engine.run(requests, on_finish, stop_requested=stop_requested, stats=stats)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             return False
         return True
@@ -147,13 +147,3 @@ class Session:
             order=self._order,
             speculate=self._config.speculate,
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch has a class for it on GPUs only; on CPUs it is a RuntimeError of its allocator."""
-    words = ("DefaultCPUAllocator", "not enough memory", "bad allocation", "std::bad_alloc", "could not create a memory object")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
-
-
-def free_bytes(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else int(psutil.virtual_memory().available)

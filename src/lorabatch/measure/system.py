@@ -218,12 +218,21 @@ class ControlGroup:
 
     def throttled_s(self) -> float | None:
         """Seconds for which the group had to wait because its quota was used up."""
-        with suppress(OSError):
-            for line in (self._cpu[0] / "cpu.stat").read_text(encoding="ascii").splitlines():
-                name, value = line.split()
-                if name in ("throttled_usec", "throttled_time"):
-                    return int(value) / (1e6 if name == "throttled_usec" else 1e9)
-        return None
+        stat = _table(self._cpu[0] / "cpu.stat")
+        return next((stat[name] / unit for name, unit in (("throttled_usec", 1e6), ("throttled_time", 1e9)) if name in stat), None)
+
+    def left_bytes(self) -> float:
+        """Memory that the tightest limit leaves (infinite without one). Pages of files that were read once are free: the kernel drops them."""
+        left = [float("inf")]
+        for folder in self._memory:
+            for limit, usage, once in (
+                ("memory.max", "memory.current", "inactive_file"),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            ):
+                most, used = _numbers(folder / limit)[:1], _numbers(folder / usage)[:1]
+                if most and used and most[0] < UNLIMITED:
+                    left.append(most[0] - used[0] + _table(folder / "memory.stat").get(once, 0))
+        return max(0.0, min(left))
 
 
 def _upwards(root: Path, path: str) -> list[Path]:
@@ -244,6 +253,13 @@ def _numbers(path: Path) -> list[float]:
     with suppress(OSError):
         return [float(word) for word in path.read_text(encoding="ascii").split() if word.lstrip("-").isdigit()]
     return []
+
+
+def _table(path: Path) -> dict[str, int]:
+    """A file with a name and a number in each line; empty where it is missing."""
+    with suppress(OSError, ValueError):
+        return {name: int(value) for name, value in map(str.split, path.read_text(encoding="ascii").splitlines())}
+    return {}
 
 
 class Rapl:
@@ -274,6 +290,13 @@ class Rapl:
             total += (now - before) % self._wraps[zone] / 1e6
             self._last[zone] = now
         return total if self._last else None
+
+
+def free_memory_bytes() -> int:
+    """What this process can still take: of the machine's memory, within its control groups."""
+    import psutil
+
+    return int(min(psutil.virtual_memory().available, ControlGroup().left_bytes()))
 
 
 def peak_memory_bytes() -> int:

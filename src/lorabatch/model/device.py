@@ -11,11 +11,13 @@ import torch
 
 from lorabatch.errors import UnavailableError
 from lorabatch.measure.environment import usable_cores
+from lorabatch.measure.system import free_memory_bytes
 from lorabatch.model.linear import Dense, Prepacked, can_prepack
 from lorabatch.slurm import local_rank
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPE_NAMES = {v: k for k, v in TYPES.items()}
+NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation", "could not create a memory object")
 
 
 def choose_device(*, no_cuda: bool) -> torch.device:
@@ -23,6 +25,16 @@ def choose_device(*, no_cuda: bool) -> torch.device:
         # A launcher may show each rank all GPUs of the node or only its own.
         return torch.device("cuda", local_rank(os.environ) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that this process can still take."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory_bytes()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """torch has a class for it on GPUs only; on CPUs it is a RuntimeError of its allocator, of C++ or of oneDNN."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in NO_MEMORY)
 
 
 def choose_threads(threads: int | None) -> int:

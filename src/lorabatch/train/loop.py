@@ -23,8 +23,9 @@ from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import steps_per_epoch, training_steps
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
 from lorabatch.errors import LorabatchError, TrainingError
+from lorabatch.model.device import out_of_memory
 from lorabatch.train.evaluate import EvalResult, LossModel, evaluate, rank_blocks
-from lorabatch.train.planner import halved, out_of_memory
+from lorabatch.train.planner import halved
 from lorabatch.train.ranks import ALONE, Ranks
 from lorabatch.train.schedule import learning_rate, warmup_steps
 from lorabatch.train.state import Learner, TrainState

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.tokens import TokenDocument
 from lorabatch.errors import TrainingError, UsageError
+from lorabatch.model.device import free_bytes
 from lorabatch.model.linear import Prepacked
 from lorabatch.model.loss import CHUNK_ELEMENTS, LossTerms
 from lorabatch.model.spec import ModelSpec
@@ -99,26 +98,6 @@ def plan(model: Any, config: TrainConfig, lora_params: int) -> tuple[int, int] |
             file=sys.stderr,
         )
     return tokens, needed
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still take: of the GPU, or of the machine within its control group."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):
-        pass
-    return max(0, free)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """torch has a class of its own for GPUs and a plain RuntimeError for CPUs."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
 
 
 def halved(block_tokens: int, documents: Sequence[TokenDocument], error: BaseException) -> int:

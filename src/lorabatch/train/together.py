@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lorabatch.corpus.packing import share
+from lorabatch.model.device import out_of_memory
 from lorabatch.model.loss import LossTerms
 from lorabatch.model.native import NativeModel, Share
 from lorabatch.train.evaluate import blocks_of
 from lorabatch.train.loop import Gradients, Lane
-from lorabatch.train.planner import halved, out_of_memory
+from lorabatch.train.planner import halved
 from lorabatch.train.state import Learner
 
 
