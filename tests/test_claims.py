@@ -71,7 +71,15 @@ def test_a_silent_process_is_taken_over_and_when_it_wakes_nothing_breaks(tmp_pat
         worker.wait()
 
 
-def test_the_heartbeat_keeps_a_long_claim(tmp_path):
+def test_the_heartbeat_keeps_a_long_claim_and_outlives_a_failing_file_system(tmp_path, monkeypatch):
+    failures, real = iter([OSError(5, "Input/output error")]), os.utime
+
+    def utime(*args):
+        for failure in failures:
+            raise failure
+        real(*args)
+
+    monkeypatch.setattr(os, "utime", utime)
     claim = try_claim(tmp_path / "0", timeout_s=1)
     with claim:
         before = claim.path.stat().st_mtime

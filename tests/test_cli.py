@@ -226,7 +226,7 @@ def test_other_mistakes_before_training(tiny_llama_dir, corpus, tmp_path, capsys
     assert main(train_flags(tiny_llama_dir, corpus, tmp_path / "b", "--target_modules", "q_porj")) == 64
     assert "did you mean 'q_proj'" in capsys.readouterr().err
     assert main(train_flags(tiny_llama_dir, corpus, "/proc/nowhere/run")) == 69
-    assert "cannot write there" in capsys.readouterr().err
+    assert "cannot write it (No such file or directory); choose another --save_dir" in capsys.readouterr().err
     assert main(train_flags(tiny_llama_dir, corpus, tmp_path / "c")) == 0
     assert main(train_flags(tiny_llama_dir, corpus, tmp_path / "c")) == 64
     assert "--overwrite" in capsys.readouterr().err

@@ -89,6 +89,7 @@ def test_energy_and_gpu_figures_with_the_reasons_of_those_that_are_missing(tmp_p
         "not measured",
     ]
     assert texts[-1] == "Not measured in lora, and why: NVML: Not Supported."
+    assert Words("pt").reason("no processor in /sys/class/powercap") == "nenhum processador em /sys/class/powercap"
     rows, _ = efficiency(load_runs(paths[1:]))
     assert rows["GPU: activity, memory, power, energy, PCIe"] == ["not measured"] and "GPU busy in time, mean" not in rows
 

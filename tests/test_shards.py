@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabatch.cli import main
-from lorabatch.cluster import child
+from lorabatch.cluster import child, shards
 from lorabatch.cluster.crew import share_cores
 from lorabatch.errors import UsageError
 
@@ -86,6 +86,19 @@ def test_when_every_process_dies_nothing_is_blamed_on_the_prompts(words, tmp_pat
     assert main([*words, "--output_dir", str(tmp_path / "out"), "--shards", "2"]) == 70
     assert "every process dies" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("DONE.json"))
+
+
+@slow
+def test_a_prompt_that_kills_its_process_is_in_quarantine_once_however_many_completions_it_owes(words, tmp_path, monkeypatch):
+    def run_child(words, *args, **kwargs):
+        first = words[words.index("--rows") + 1].partition(":")[0]
+        return child.Ended(-9, "") if first == "0" else child.run_child(words, *args, **kwargs)
+
+    monkeypatch.setattr(shards, "run_child", run_child)
+    (tmp_path / "prompts.jsonl").write_text('{"id": "p0", "prompt": "fever"}\n{"id": "p1", "prompt": "cough"}\n')
+    assert main([*words, "--n", "2", "--output_dir", str(tmp_path / "out"), "--shards", "1"]) == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["quarantined"] == ["p0"]
+    assert [(r[0], bool(r[5])) for r in completions(tmp_path / "out")] == [("p0", True), ("p0", True), ("p1", False), ("p1", False)]
 
 
 @pytest.mark.parametrize("rows", ["3", "5:2", "a:b", "-1:4", "4:4"])

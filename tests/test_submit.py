@@ -111,6 +111,8 @@ def test_status_counts_states_and_fails_when_a_job_did(tmp_path, monkeypatch, ca
         "train   job 7: COMPLETED",
         "infer   job 8: 1 COMPLETED, 2 RUNNING, 1 PENDING; 1 of 2 begun shards done",
     ]
+    answers["squeue", "--jobs=8"] = "8_1 RUNNING\n8_2 CONFIGURING\n8_3 SUSPENDED\n"  # nodes that boot are no failure
+    assert main(["status", str(tmp_path)]) == 0
     answers["sacct", "--jobs=8"], answers["squeue", "--jobs=8"] = "8_0 COMPLETED\n8_1 CANCELLED by 0\n8_[2-3%2] CANCELLED by 0\n", None
     assert main(["status", str(tmp_path)]) == 70
     assert "1 COMPLETED, 2 CANCELLED" in capsys.readouterr().out

@@ -58,6 +58,13 @@ def test_random_draws_within_bounds_the_same_each_time_and_repeats_over_seeds(tm
         ("[search]\nlr = ['high']\n", "lr"),
         ("method = 'random'\n[search]\nlr = {min = 1}\n", "{min = A, max = B}"),
         ("[search\n", "TOML"),
+        ("method = 'random'\nsamples = 'x'\n[search]\nlr = [1e-4]\n", "a whole number"),
+        ("method = 'random'\nsamples = 0\n[search]\nlr = [1e-4]\n", "samples"),
+        ("method = 'random'\n[search]\nlr = []\n", "lr"),
+        ("method = 'random'\n[search]\nlr = [1e-4]\nseed = 3\n", "[search] seed"),
+        ("[search]\nlr = []\n", "nothing to try"),
+        ("train = 3\n[search]\nlr = [1e-4]\n", "a table"),
+        ("search = [1, 2]\n", "a table"),
     ],
 )
 def test_a_wrong_file_is_one_line_before_anything_runs(tmp_path, capsys, text, word):

@@ -47,14 +47,12 @@ def dumps(record: Mapping[str, Any], *, indent: int | None = None) -> str:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """The system's refusal to write (a full disk, a quota) as one line. Raises UnavailableError."""
+def writing(path: Path, *, fix: str = "make room there; what was written before is intact") -> Iterator[None]:
+    """The system's refusal to write (a full disk, a quota, permissions) as one line. Raises UnavailableError."""
     try:
         yield
     except OSError as error:
-        raise UnavailableError(
-            f"cannot write it ({error.strerror})", where=path, fix="make room there; what was written before is intact"
-        ) from None
+        raise UnavailableError(f"cannot write it ({error.strerror})", where=path, fix=fix) from None
 
 
 @contextmanager
@@ -227,13 +225,11 @@ class RunFolder:
         """
         found = cls.check(path, kind=kind, folder_flag=folder_flag, overwrite=overwrite, resume=resume)
         earlier = (path / "run.json").read_bytes() if resume and found else None
-        try:
+        with writing(path, fix=f"choose another {folder_flag}"):
             path.mkdir(parents=True, exist_ok=True)
             probe = path / f".probe.{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
-        except OSError as error:
-            raise UnavailableError(f"cannot write there ({error.strerror})", where=path, fix=f"choose another {folder_flag}") from None
         lock = None if shared else _locked(path, folder_flag)
         if overwrite and not resume:
             for name in RUN_FILES:

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class Claim:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._interval_s):
-            os.utime(self.path)
+            with suppress(OSError):  # a file system that fails for a moment must not end the heartbeat for good
+                os.utime(self.path)
 
     def __enter__(self) -> Claim:
         self._thread.start()
@@ -128,8 +130,8 @@ def work_through(
 ) -> int:
     """Claim and do items until none is left; returns how many are not done.
 
-    ``work(index, claim)`` does one item and calls ``claim.finish``; if it raises, the item is free again at once. With ``wait`` we stay until the items of
-    others are done too, and take over those that are abandoned; without, we leave when nothing is free.
+    ``work(index, claim)`` does one item and calls ``claim.finish``; if it raises, the item is free again at once. With ``wait``
+    we stay until the items of others are done too, and take over those that are abandoned; without, we leave when nothing is free.
     """
     while True:
         worked = False

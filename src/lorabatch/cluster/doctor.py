@@ -106,10 +106,8 @@ def _gpus(config: DoctorConfig, found: dict[str, Any], gpus: list[dict[str, Any]
         memory = f"{gpu.get('free_bytes', 0) / GIB:.1f} of {gpu['memory_bytes'] / GIB:.1f} GiB free"
         text = f"{gpu['name']} (compute capability {capability}, {memory}), work in {gpu.get('dtype')}"
         if not gpu["built_for"]:
-            built = " ".join(found["arch_list"])
-            yield Finding(
-                "gpu", "FAIL", f"{text}: this torch is built for {built}", "rebuild with TORCH_INDEX_URL (V100: the cu126 builds)"
-            )
+            text += f": this torch is built for {' '.join(found['arch_list'])}"
+            yield Finding("gpu", "FAIL", text, "rebuild with TORCH_INDEX_URL (V100: the cu126 builds)")
             continue
         if gpu["bf16_claimed"] and gpu["capability"] < NATIVE_BF16:
             text += " (torch claims bf16 here, but only emulates it)"
@@ -202,18 +200,16 @@ def _writable(folder: Path) -> bool:
 
 
 def _offline(_: DoctorConfig) -> Iterator[Finding]:
-    environment = os.environ
-    caches = ", ".join(f"{name}={path}" for name, path in hub.cache_folders()[:1])
-    if not hub.is_offline():
-        level, fix = (
-            ("warn", "export HF_HUB_OFFLINE=1: without internet every look-up waits") if "SLURM_JOB_ID" in environment else ("ok", "")
-        )
-        yield Finding("offline", level, f"the network may be used; cache {caches}", fix)
+    name, cache = hub.cache_folders()[0]
+    if hub.is_offline():
+        yield Finding("offline", "ok", f"no network; cache {name}={cache}")
     else:
-        yield Finding("offline", "ok", f"no network; cache {caches}")
-    if environment.get("TRANSFORMERS_CACHE") and environment.get("HF_HUB_CACHE") != environment["TRANSFORMERS_CACHE"]:
+        level, fix = ("warn", "export HF_HUB_OFFLINE=1: without internet every look-up waits") if slurm.job_id() else ("ok", "")
+        yield Finding("offline", level, f"the network may be used; cache {name}={cache}", fix)
+    ignored = os.environ.get("TRANSFORMERS_CACHE")
+    if ignored and os.environ.get("HF_HUB_CACHE") != ignored:
         fix = "transformers 5 ignores it; set HF_HUB_CACHE or HF_HOME alone"
-        yield Finding("offline", "warn", f"TRANSFORMERS_CACHE={environment['TRANSFORMERS_CACHE']} is not the cache in use", fix)
+        yield Finding("offline", "warn", f"TRANSFORMERS_CACHE={ignored} is not the cache in use", fix)
 
 
 def _model(config: DoctorConfig) -> Iterator[Finding]:

@@ -1,10 +1,11 @@
 """``lorabatch infer --shards N``, ``--processes N``: one prompt file, any number of processes, one result.
 
-Every process runs the same command (``--processes`` does the work of N of them, each on its own cores). The first writes ``plan.json``; each claims shards until none is free,
-and computes a shard with ``lorabatch infer --rows FIRST:END`` in a child process, so that a prompt that
-takes its process down costs one process. A range whose process died is not tried as a whole again but in
-halves; a single prompt that does it is put into quarantine, as an error record. Whoever sees the last
-shard done merges: every request of the input exactly once, in input order.
+Every process runs the same command (``--processes`` does the work of N of them, each on its own cores). The
+first writes ``plan.json``; each claims shards until none is free, and computes a shard with ``lorabatch infer
+--rows FIRST:END`` in a child process, so that a prompt that takes its process down costs one process. A range
+whose process died is not tried as a whole again but in halves; a single prompt that does it is put into
+quarantine, as an error record. Whoever sees the last shard done merges: every request of the input exactly
+once, in input order.
 
     plan.json   shards/0003/claim-000   shards/0003/output-000/24-32/completions.jsonl   shards/0003/DONE.json
 """
@@ -29,7 +30,7 @@ from lorabatch.cluster.child import run_child
 from lorabatch.cluster.claims import DONE, Claim, died, is_done, owners, work_through
 from lorabatch.cluster.crew import share_cores, watched
 from lorabatch.config import InferConfig
-from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UnavailableError, UsageError
+from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UsageError
 from lorabatch.infer.adapters import files_sha256
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import completion_record
@@ -37,7 +38,7 @@ from lorabatch.infer.run import default_output_dir
 from lorabatch.infer.sink import write_openai_file
 from lorabatch.measure.environment import environment, usable_cores
 from lorabatch.measure.statistics import rate, summary
-from lorabatch.records import RunFolder, dumps, read_json, read_jsonl, replacing, utc_now, write_json
+from lorabatch.records import RunFolder, dumps, read_json, read_jsonl, replacing, utc_now, write_json, writing
 from lorabatch.signals import StopSignals
 
 # What may differ between the processes that share the work.
@@ -82,12 +83,9 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
             for ended in [pool.submit(worker, place, cores, wait=False) for place, cores in enumerate(crew)]:
                 ended.result()
         left = worker(0, None, wait=not config.leave_early)  # what others hold, should they die
-        if left and signals:
-            raise InterruptedRun(
-                f"stopped by {signals.received.name if signals.received else 'a signal'}; {left} shards left",
-                where=folder,
-                fix="run the same command again",
-            )
+        if left and signals.received:
+            what = f"stopped by {signals.received.name}; {left} shards left"
+            raise InterruptedRun(what, where=folder, fix="run the same command again")
     if left:
         print(f"nothing left to claim; {left} shards with {', '.join(owners(shards)) or 'nobody'}; the last process merges")
         return 0
@@ -114,11 +112,9 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
         # The plan comes before run.json: a run folder without one, looked at in this order, is no work of ours.
         if (folder / "run.json").exists() and not path.exists():
             raise UsageError("holds another run", where=folder, fix="choose another --output_dir")
-        try:
+        with writing(folder, fix="choose another --output_dir"):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, plan)  # processes that start at once write the same
-        except OSError as error:
-            raise UnavailableError(f"cannot write there ({error.strerror})", where=folder, fix="choose another --output_dir") from None
+        write_json(path, plan)  # processes that start at once write the same
         flags: dict[str, Any] = {"config": config.to_dict(), "command": command, "environment": environment()}
         RunFolder.create(folder, kind="infer", folder_flag="--output_dir", resume=True, shared=True, **flags)
     found = read_json(path)
@@ -213,13 +209,13 @@ class _Shard:
         path = folder / "completions.jsonl"
         earlier = self._finished_earlier(index, index + 1)
         config = replace(self._config, rows=f"{index}:{index + 1}")
+        owed = [r for r in PromptFile(Path(config.prompts), config) if r.sample not in {e["sample"] for e in earlier}]
         with path.open("w", encoding="utf-8") as file:
             file.writelines(dumps(record) + "\n" for record in earlier)
-            for request in PromptFile(Path(config.prompts), config):
-                if request.sample not in {r["sample"] for r in earlier}:
-                    request.error = QUARANTINE.format(reason=reason)
-                    self._quarantined.append(request.id)
-                    file.write(dumps(completion_record(request, None, key=NO_KEY, adapter=config.adapter_dir)) + "\n")
+            for request in owed:
+                request.error = QUARANTINE.format(reason=reason)
+                file.write(dumps(completion_record(request, None, key=NO_KEY, adapter=config.adapter_dir)) + "\n")
+        self._quarantined += [request.id for request in owed[:1]]  # of the prompt: once, however many it owes
         self._files.append(path)
         if len(self._quarantined) > 1 and not self._finished_earlier(0, sys.maxsize):
             fix = f"mend the cause ({folder / 'log.txt'}) and run the same command again"
@@ -235,9 +231,8 @@ def merge(folder: Path, prompts: PromptFile, shards: list[Path]) -> None:
         for shard, record in zip(shards, done, strict=True):
             for completion in _in_order(shard, record["files"]):
                 request = next(requests, None)
-                if request is None or (request.index, request.sample, request.id) != tuple(
-                    completion[k] for k in ("index", "sample", "id")
-                ):
+                place = tuple(completion[k] for k in ("index", "sample", "id"))
+                if request is None or (request.index, request.sample, request.id) != place:
                     what = f"completion {completion['id']!r} stands where the input has {request.id if request else 'its end'!r}"
                     raise DataError(what, where=shard, fix="did the prompt file change? remove the output folder and begin again")
                 totals.add(completion)
@@ -257,9 +252,8 @@ def merge(folder: Path, prompts: PromptFile, shards: list[Path]) -> None:
     first = read_json(pieces[0] / "run.json") if (pieces[0] / "run.json").exists() else {}
     shared = {k: first.get(k) for k in ("model", "device", "dtype", "threads", "backend", "gpu")}
     RunFolder(folder, record).finish("completed", failed=totals.failed, **shared)
-    print(
-        f"{totals.completed} completed, {totals.failed} failed of {len(prompts)}, every request exactly once: {folder / 'completions.jsonl'}"
-    )
+    counts = f"{totals.completed} completed, {totals.failed} failed of {len(prompts)}"
+    print(f"{counts}, every request exactly once: {folder / 'completions.jsonl'}")
     if not totals.completed:
         raise DataError("every request failed", where=folder / "completions.jsonl", fix="see the 'error' of its lines")
     if quarantined:

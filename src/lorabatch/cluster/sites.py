@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lorabatch import slurm
 from lorabatch.config import SubmitConfig
 from lorabatch.errors import DataError, UsageError, nearest
+from lorabatch.progress import clock
 
 FOLDER = Path("configs/sites")
 
@@ -42,8 +42,9 @@ def load_site(name: str) -> Site:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         for word in shlex.split(line, comments=True):
             key, _, value = word.partition("=")
-            values[key.removeprefix("SITE_").lower()] = value
-            if key.removeprefix("SITE_").lower() not in {f.name for f in fields(Site)}:
+            name = key.removeprefix("SITE_").lower()
+            values[name] = value
+            if name not in {f.name for f in fields(Site)}:
                 raise DataError(f"unknown key '{key}'", where=f"{path}:{number}", fix="see configs/sites/generic.env for the keys")
     return Site(**values)
 
@@ -57,14 +58,13 @@ def check_rules(config: SubmitConfig, site: Site, partition: str, *, num_jobs: i
     if partition and limits and partition not in limits:
         raise UsageError("no such partition here", where=f"--partition {partition}", fix=nearest(partition, limits))
     if partition in limits and asked > limits[partition]:
-        fix = f"give at most {_clock(limits[partition])}; work that does not fit saves itself and is requeued"
+        fix = f"give at most {clock(limits[partition])}; work that does not fit saves itself and is requeued"
         raise UsageError(f"longer than partition {partition} allows", where=f"--time {config.time}", fix=fix)
     if config.exclusive and partition in site.shared.split():
         raise UsageError(f"partition {partition} is shared", where="--exclusive", fix="leave it out, or choose an exclusive partition")
     if config.device == "cpu" and partition and partition == site.gpu_partition:
-        raise UsageError(
-            "a GPU partition, for a job without GPUs: it would pend for ever", where=f"--partition {partition}", fix="--device gpu"
-        )
+        what = "a GPU partition, for a job without GPUs: it would pend for ever"
+        raise UsageError(what, where=f"--partition {partition}", fix="--device gpu")
     _at_most(site.max_gpus_per_node, config.gpus if config.device == "gpu" else 0, "--gpus", "GPUs per node of one job")
     _at_most(site.max_jobs, num_jobs, "--array", "jobs in the queue; fewer array tasks do the same shards")
 
@@ -72,13 +72,3 @@ def check_rules(config: SubmitConfig, site: Site, partition: str, *, num_jobs: i
 def _at_most(limit: str, value: int, flag: str, what: str) -> None:
     if limit.isdigit() and value > int(limit):
         raise UsageError(f"the site allows {limit} {what}", where=f"{flag} (makes {value})", fix="ask for fewer")
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-
-
-def variables(config: SubmitConfig, run_dir: Path) -> Mapping[str, str]:
-    """What ``scripts/job.sh`` reads."""
-    return {"RUN": str(run_dir), "SITE": config.site}

@@ -19,16 +19,17 @@ from typing import Any
 
 from lorabatch import slurm
 from lorabatch.cluster.claims import DONE
-from lorabatch.cluster.sites import check_rules, load_site, variables
+from lorabatch.cluster.sites import check_rules, load_site
 from lorabatch.cluster.sweep import planned_trials
 from lorabatch.config import InferConfig, SubmitConfig, SweepConfig, TrainConfig
 from lorabatch.errors import UnavailableError, UsageError
-from lorabatch.records import read_json, write_json
+from lorabatch.records import read_json, write_json, writing
 from lorabatch.settings import read_toml
 
 WHAT = ("train", "infer", "pipeline", "sweep")
 SHARDS_PER_TASK = 4  # so that a slow task does not make the others wait for it
 SIGNAL_BEFORE_END_S = 300
+BAD_ENDS = {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,14 @@ def submit(what: str, config: SubmitConfig, experiment: str | None) -> int:
     cpu_partition = partition if config.device == "cpu" else site.cpu_partition
     jobs = plan(what, config, experiment, run_dir, partition, cpu_partition)
     check_rules(config, site, partition, num_jobs=sum(_tasks(job) for job in jobs))
-    environment = variables(config, run_dir)
+    environment = {"RUN": str(run_dir), "SITE": config.site}  # what scripts/job.sh reads
     if config.dry_run:
         prefix = " ".join(f"{k}={shlex.quote(v)}" for k, v in environment.items())
         print(f"mkdir -p {shlex.quote(str(run_dir / 'logs'))}")
         print("\n".join(f"{prefix} {shlex.join(job.command({}))}" for job in jobs))
         return 0
-    try:
+    with writing(run_dir, fix="choose another --run_dir"):
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UnavailableError(f"cannot write there ({error.strerror})", where=run_dir, fix="choose another --run_dir") from None
     for job in jobs:
         _sbatch(["sbatch", "--test-only", *job.options, job.script, *job.words], environment)
     ids: dict[str, str] = {}
@@ -175,7 +174,7 @@ def status(run_dir: Path) -> int:
     failed = False
     for name, job in ids.items():
         states = _states(job)
-        failed |= any(state not in ("PENDING", "RUNNING", "COMPLETED", "REQUEUED", "COMPLETING") for state in states)
+        failed |= not BAD_ENDS.isdisjoint(states)
         shown = ", ".join(f"{count} {state}" if sum(states.values()) > 1 else state for state, count in states.items())
         print(f"{name:7} job {job}: {shown or 'no longer in the queue, and no accounting'}{_progress(run_dir, name)}")
     return 70 if failed else 0

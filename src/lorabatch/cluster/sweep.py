@@ -30,9 +30,9 @@ from typing import Any
 from lorabatch.cluster.child import Ended, run_child
 from lorabatch.cluster.claims import DONE, Claim, is_done, owners, work_through
 from lorabatch.config import SweepConfig, TrainConfig
-from lorabatch.errors import DataError, InterruptedRun, UnavailableError, UsageError, nearest
+from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest
 from lorabatch.measure.statistics import mean, standard_deviation
-from lorabatch.records import read_json, utc_now, write_json
+from lorabatch.records import read_json, utc_now, write_json, writing
 from lorabatch.settings import typed_settings
 from lorabatch.signals import StopSignals
 from lorabatch.train.jobfile import SHARED
@@ -42,7 +42,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-KEYS = {"method": "grid", "samples": 10, "seed": 0, "metric": "eval_loss"}
+DEFAULTS: dict[str, Any] = {"method": "grid", "samples": 10, "seed": 0, "metric": "eval_loss", "train": {}, "search": {}}
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; the normal quantile beyond.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 NORMAL = 1.96
@@ -61,10 +61,8 @@ def run_sweep(file: str, config: SweepConfig) -> int:
 
         def work(index: int, claim: Claim) -> None:
             _Task(claim, {i: trials[i] for i in tasks[index]}, settings[tasks[index][0]], sweep["metric"], signals).complete()
-            print(
-                f"task {index} (trials {', '.join(map(str, tasks[index]))}) done; {sum(map(is_done, folders))} of {len(folders)}",
-                flush=True,
-            )
+            numbers = ", ".join(map(str, tasks[index]))
+            print(f"task {index} (trials {numbers}) done; {sum(map(is_done, folders))} of {len(folders)}", flush=True)
 
         left = work_through(
             folders, work, timeout_s=config.claim_timeout_s, wait=not config.leave_early, stop_requested=lambda: bool(signals)
@@ -89,6 +87,8 @@ def planned_trials(path: Path, *, no_cuda: bool) -> tuple[dict[str, Any], list[d
     """(the file, the values of each trial, its settings); every mistake in the file is raised here."""
     sweep = read_sweep(path)
     trials = list(expand(sweep))
+    if not trials:
+        raise UsageError("nothing to try", where=path, fix="give samples of at least 1, and lists with something in them")
     device = {"no_cuda": True} if no_cuda else {}
     return sweep, trials, [typed_settings(TrainConfig, sweep["train"] | values | device, path) for values in trials]
 
@@ -99,13 +99,16 @@ def read_sweep(path: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"not a readable TOML file ({error})", where=path, fix="check the path and the line it names") from None
-    for key in table:
-        if key not in (*KEYS, "train", "search"):
-            raise UsageError(f"unknown key '{key}'", where=path, fix=nearest(key, (*KEYS, "train", "search")))
-    sweep = {**KEYS, "train": {}, **table}
+    for key, value in table.items():
+        if key not in DEFAULTS:
+            raise UsageError(f"unknown key '{key}'", where=path, fix=nearest(key, DEFAULTS))
+        if type(value) is not type(DEFAULTS[key]):
+            kind = {str: "text", int: "a whole number", dict: "a table"}[type(DEFAULTS[key])]
+            raise UsageError(f"'{key}' is {value!r}", where=path, fix=f"give {kind}")
+    sweep = DEFAULTS | table
     if sweep["method"] not in ("grid", "random"):
         raise UsageError(f"unknown method '{sweep['method']}'", where=path, fix="give grid or random")
-    if not sweep.get("search"):
+    if not sweep["search"]:
         raise UsageError("nothing to search", where=path, fix="add a table [search] with lists of values")
     return sweep
 
@@ -113,10 +116,11 @@ def read_sweep(path: Path) -> dict[str, Any]:
 def expand(sweep: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The values of each trial. Random search repeats each sampled point for every listed seed."""
     search = dict(sweep["search"])
+    for name, values in search.items():
+        if not isinstance(values, list) and (sweep["method"] == "grid" or name == "seed"):
+            fix = 'give [A, B]; only method = "random" takes {min = A, max = B}, and seed never'
+            raise UsageError("not a list of values", where=f"[search] {name}", fix=fix)
     if sweep["method"] == "grid":
-        for name, values in search.items():
-            if not isinstance(values, list):
-                raise UsageError("a grid needs lists of values", where=f"[search] {name}", fix='give a list, or method = "random"')
         for values in itertools.product(*search.values()):
             yield dict(zip(search, values, strict=True))
         return
@@ -129,14 +133,14 @@ def expand(sweep: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _draw(name: str, space: Any, generator: random.Random) -> Any:
-    if isinstance(space, list):
-        return generator.choice(space)
     try:
+        if isinstance(space, list):
+            return generator.choice(space)
         low, high = space["min"], space["max"]
         if space.get("log"):
             low, high = math.log(low), math.log(high)
         value = generator.uniform(low, high)
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, IndexError):
         raise UsageError("not a range", where=f"[search] {name}", fix="give {min = A, max = B} or a list") from None
     value = math.exp(value) if space.get("log") else value
     return round(value) if isinstance(space["min"], int) and isinstance(space["max"], int) else float(f"{value:.4g}")
@@ -154,12 +158,10 @@ def grouped(settings: Sequence[TrainConfig], most: int) -> list[list[int]]:
 def _kept_tasks(folder: Path, plan: dict[str, Any], tasks: list[list[int]]) -> list[list[int]]:
     """The tasks that the sweep began with: ``tasks`` if it begins now. UsageError if the folder holds another sweep."""
     path = folder / "sweep.json"
-    try:
+    with writing(folder, fix="choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_json(path, plan | {"tasks": tasks})  # processes that start at once write the same
-    except OSError as error:
-        raise UnavailableError(f"cannot write there ({error.strerror})", where=folder, fix="choose another --output_dir") from None
+    if not path.exists():
+        write_json(path, plan | {"tasks": tasks})  # processes that start at once write the same
     found = read_json(path)
     begun: list[list[int]] = found.pop("tasks", [])
     if found != plan:

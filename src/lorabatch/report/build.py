@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lorabatch.config import ReportConfig
-from lorabatch.errors import UnavailableError
-from lorabatch.report.blocks import Document, Plot
+from lorabatch.records import replacing, writing
+from lorabatch.report.blocks import Document
 from lorabatch.report.figures import themed
 from lorabatch.report.load import load_benches, load_runs
 from lorabatch.report.markdown import markdown
@@ -30,15 +29,14 @@ def build_report(paths: Sequence[Path], config: ReportConfig) -> list[Path]:
     portuguese = written("pt")
     page = portuguese if config.language == "pt" else written(config.language)
     folder = Path(config.output_dir)
-    try:
+    with writing(folder, fix="choose another --output_dir"):
         (folder / "fig").mkdir(parents=True, exist_ok=True)
-        for plot in portuguese.plots:
-            write_text(folder / "fig" / f"{plot.name}.svg", themed(plot, page=False))
-        write_text(folder / "RELATORIO.md", markdown(portuguese))
-        write_text(folder / "report.html", html_page(page))
-    except OSError as error:
-        raise UnavailableError(f"cannot write there ({error.strerror})", where=folder, fix="choose another --output_dir") from None
-    return [folder / "RELATORIO.md", folder / "report.html"]
+    texts = {folder / "fig" / f"{plot.name}.svg": themed(plot, page=False) for plot in portuguese.plots}
+    reports = {folder / "RELATORIO.md": markdown(portuguese), folder / "report.html": html_page(page)}
+    for path, text in (texts | reports).items():
+        with replacing(path) as file:
+            file.write(text.encode(errors="backslashreplace"))  # a folder's name may be no UTF-8
+    return list(reports)
 
 
 def html_page(page: Document) -> str:
@@ -50,24 +48,12 @@ def html_page(page: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-    def drawing(plot: Plot) -> Markup:
-        return Markup(themed(plot, page=True))
-
     environment.filters["flags"] = with_flags
-    return environment.get_template("report.html.j2").render(page=page, kind=lambda block: type(block).__name__, drawing=drawing) + "\n"
+    environment.filters["kind"] = lambda block: type(block).__name__
+    environment.filters["drawing"] = lambda plot: Markup(themed(plot, page=True))
+    return environment.get_template("report.html.j2").render(page=page) + "\n"
 
 
 def with_flags(text: str) -> Markup:
     """Escaped text whose command-line flags are code, which also keeps a line from breaking inside them."""
     return Markup(re.sub(r"--[a-z][\w-]*(=\w+)?", r'<code class="flag">\g<0></code>', str(escape(text))))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` atomically, as ``records.write_json`` does."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a folder's name may be no UTF-8
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -156,15 +156,16 @@ def plot(words: Words, figure: Any, legend_of: Any, name: str, points: int, *, a
     handles = [line for line in legend_of.get_lines() if not line.get_label().startswith("_child")]
     labels = [str(line.get_label()) for line in handles]
     if handles:
-        figure.legend(
-            handles, labels, loc="outside upper left", ncols=max(1, min(len(labels), LEGEND_WIDTH // (6 + max(map(len, labels)))))
-        )
+        columns = min(len(labels), LEGEND_WIDTH // (6 + max(map(len, labels))))
+        figure.legend(handles, labels, loc="outside upper left", ncols=max(1, columns))
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]  # without the XML declaration and the DTD's address
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # ids stay unique when several plots share a page
-    caption = words(f"fig_{name}") + (" " + words("thinned", n=words.number(MAX_POINTS)) if points > MAX_POINTS else "")
+    caption = words(f"fig_{name.rstrip('0123456789')}")
+    if points > MAX_POINTS:
+        caption += " " + words("thinned", n=words.number(MAX_POINTS))
     return Plot(name, svg, caption, alt or caption)
 
 

@@ -65,17 +65,15 @@ def sweep_plots(words: Words, bench: Bench, number: int) -> list[Plot]:
     points = [(p[bench.sweep], p["tokens_per_s"]) for p in bench.points if p["tokens_per_s"]["median"] is not None]
     if not points:
         return []
+    weak = [(p[bench.sweep], e) for p in bench.points if (e := p.get("weak_tokens_per_s")) and e["median"] is not None]
     with canvas(words, height=3.0) as (figure, (panel,)):
         levels, medians = [level for level, _ in points], [estimate["median"] for _, estimate in points]
-        for level, estimate in points:
-            if estimate["low"] is not None:
-                panel.plot([level, level], [estimate["low"], estimate["high"]], "_-", color=COLOURS[0], markersize=12)
+        for estimates, colour in ((points, COLOURS[0]), (weak, COLOURS[1])):
+            for level, estimate in estimates:
+                if estimate["low"] is not None:
+                    panel.plot([level, level], [estimate["low"], estimate["high"]], "_-", color=colour, markersize=12)
         panel.plot(levels, medians, "o", color=COLOURS[0], label=bench.label)
         panel.plot(levels, [medians[0] * level / levels[0] for level in levels], ":", color=INK, linewidth=1, label=words("axis_ideal"))
-        weak = [(p[bench.sweep], e) for p in bench.points if (e := p.get("weak_tokens_per_s")) and e["median"] is not None]
-        for level, estimate in weak:
-            if estimate["low"] is not None:
-                panel.plot([level, level], [estimate["low"], estimate["high"]], "_-", color=COLOURS[1], markersize=12)
         if weak:
             panel.plot([x for x, _ in weak], [e["median"] for _, e in weak], "s", mfc="none", color=COLOURS[1], label=words("axis_weak"))
         if bench.record.get("knee") is not None:
@@ -86,6 +84,4 @@ def sweep_plots(words: Words, bench: Bench, number: int) -> list[Plot]:
         panel.set_xlabel(words(f"level_{bench.sweep}"))
         panel.set_ylabel(words("axis_tokens"))
         panel.set_ylim(0, 1.35 * max(medians + [e["median"] for _, e in weak]))
-        drawn = plot(words, figure, panel, "sweep", len(points))
-        name = f"sweep{number + 1}"
-        return [Plot(name, drawn.svg.replace('"sweep-', f'"{name}-').replace("#sweep-", f"#{name}-"), drawn.caption, drawn.alt)]
+        return [plot(words, figure, panel, f"sweep{number + 1}", len(points))]

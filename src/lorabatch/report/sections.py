@@ -191,7 +191,7 @@ def _efficiency(words: Words, trained: Sequence[TrainRun], inferred: Sequence[In
     reasons: dict[str, list[str]] = {}  # most runs lack the same figures for the same reasons: said once
     for run in runs:
         if lacking := (run.metrics or {}).get("missing"):
-            reasons.setdefault("; ".join(dict.fromkeys(lacking.values())), []).append(run.label)
+            reasons.setdefault("; ".join(map(words.reason, dict.fromkeys(lacking.values()))), []).append(run.label)
     missing = [Paragraph(words("missing", runs=", ".join(labels), reasons=text)) for text, labels in reasons.items()]
     drawn = [*figures_measure.roofline_plots(words, runs), *figures.system_plots(words, runs)]
     return [*timed, *drawn[:1], tables.efficiency(words, runs, grid_g_per_kwh=grid_g_per_kwh), note, *missing, *drawn[1:]]

@@ -77,9 +77,11 @@ PHASES = ("import_s", "tokenise_s", "load_s", "loop_s", "save_s")
 DATA_COUNTS = ("documents_read", "documents", "split", "cut", "dropped", "tokens", "target_tokens", "median_tokens", "longest_tokens")
 
 
-def run_table(words: Words, runs: Sequence[Run], rows: Sequence[tuple[str, Show]], *, numeric: bool = True) -> Table:
+def run_table(
+    words: Words, runs: Sequence[Run], rows: Sequence[tuple[str, Show]], *, head: str = "quantity", numeric: bool = True
+) -> Table:
     body: list[list[Cell]] = [[name, *(show(run) for run in runs)] for name, show in rows]
-    return Table([words("quantity"), *(run.label for run in runs)], body, numeric)
+    return Table([words(head), *(run.label for run in runs)], body, numeric)
 
 
 def metric(words: Words, name: str, unit: str) -> Show:
@@ -130,7 +132,7 @@ def environment(words: Words, runs: Sequence[Run]) -> Table:
             (words("cpu"), text["cpu"]),
             (words("cores"), cores),
             (words("memory"), words.quantity(env.get("memory_bytes"), "bytes")),
-            (words("gpu"), ", ".join(str(v) for v in _gpu_parts(words, gpu)) if gpu else words("no_gpu")),
+            (words("gpu"), _gpu(words, gpu) if gpu else words("no_gpu")),
             (words("execution"), ran),
             ("Python", text["python"]),
             *((name, version or words("unknown")) for name, version in (env.get("packages") or {}).items()),
@@ -146,13 +148,9 @@ def environment(words: Words, runs: Sequence[Run]) -> Table:
     return Table([words("quantity"), *(", ".join(labels) for labels in columns.values())], body, numeric=False)
 
 
-def _gpu_parts(words: Words, gpu: dict[str, Any]) -> list[str]:
-    return [
-        str(gpu.get("name")),
-        words.quantity(gpu.get("memory_bytes"), "bytes"),
-        f"compute capability {gpu.get('capability')}",
-        f"CUDA {gpu.get('cuda')}",
-    ]
+def _gpu(words: Words, gpu: dict[str, Any]) -> str:
+    memory = words.quantity(gpu.get("memory_bytes"), "bytes")
+    return f"{gpu.get('name')}, {memory}, compute capability {gpu.get('capability')}, CUDA {gpu.get('cuda')}"
 
 
 def _commit(words: Words, git: dict[str, Any] | None) -> Cell:
@@ -269,8 +267,7 @@ def phases(words: Words, runs: Sequence[TrainRun]) -> Table:
     def seconds(name: str) -> Show:
         return lambda run: words.quantity(((run.metrics or {}).get("phases") or {}).get(name), "s")
 
-    table = run_table(words, runs, [(words(name), seconds(name)) for name in PHASES])
-    return Table([words("phase"), *table.head[1:]], table.rows)
+    return run_table(words, runs, [(words(name), seconds(name)) for name in PHASES], head="phase")
 
 
 def inference_phases(words: Words, runs: Sequence[InferRun]) -> Table:
@@ -278,9 +275,8 @@ def inference_phases(words: Words, runs: Sequence[InferRun]) -> Table:
         whole, *parts = (run.metric(name) for name in ("duration_s", "prefill_s", "decode_s"))
         return words.quantity(None if whole is None or None in parts else whole - sum(p for p in parts if p is not None), "s")
 
-    rows = [(words("startup_phase"), metric(words, "startup_s", "s"))]
-    rows += [(words(name), metric(words, name, "s")) for name in ("prefill_s", "decode_s")] + [(words("rest_s"), rest)]
-    return Table([words("phase_infer"), *(run.label for run in runs)], run_table(words, runs, rows).rows)
+    rows = [(words("startup_phase"), metric(words, "startup_s", "s")), *metric_rows(words, {"prefill_s": "s", "decode_s": "s"})]
+    return run_table(words, runs, [*rows, (words("rest_s"), rest)], head="phase_infer")
 
 
 def sweep(words: Words, bench: Bench) -> list[Table]:
@@ -296,16 +292,13 @@ def sweep(words: Words, bench: Bench) -> list[Table]:
             rows.append([words.number(point[bench.sweep]), words.quantity(rate, "tokens/s"), interval, times, *last(point)])
         return Table([words(f"level_{bench.sweep}"), words(head), words("sweep_interval"), words("sweep_speedup"), *heads], rows)
 
+    def duration(point: dict[str, Any]) -> list[Cell]:
+        of = next((point[name]["median"] for name in ("batch_latency_ms", "step_ms") if point.get(name)), None)
+        return [words.quantity(of, "ms")]
+
     serial = bench.record.get("karp_flatt") or {}
     if bench.sweep == "batch_size":
-        return [
-            table(
-                "tokens_per_s",
-                "sweep_rate",
-                lambda p: [words.quantity(_median(p, "batch_latency_ms", "step_ms"), "ms")],
-                words("sweep_latency"),
-            )
-        ]
+        return [table("tokens_per_s", "sweep_rate", duration, words("sweep_latency"))]
 
     def karp_flatt(point: dict[str, Any]) -> list[Cell]:
         level = point[bench.sweep]
@@ -314,11 +307,6 @@ def sweep(words: Words, bench: Bench) -> list[Table]:
     tables = [table("tokens_per_s", "sweep_rate", karp_flatt, words("sweep_karp_flatt"))]
     grown = all(point.get("weak_tokens_per_s") for point in bench.points)
     return [*tables, table("weak_tokens_per_s", "sweep_weak_rate", lambda p: [])] if grown else tables
-
-
-def _median(point: dict[str, Any], *metrics: str) -> float | None:
-    """Of the first metric that the point has."""
-    return next((point[name]["median"] for name in metrics if point.get(name)), None)
 
 
 def failures(words: Words, failed: Sequence[tuple[str, str, str]]) -> Table:

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from lorabatch.report.text_measure import MEASURE
 
+REASONS = {  # of figures that are null, in the words of measure/gpu.py, measure/system.py, NVML and the C library
+    "nvidia-ml-py is not installed": "nvidia-ml-py não está instalado",
+    "NVML Shared Library Not Found": "biblioteca da NVML não encontrada",
+    "Driver Not Loaded": "driver não carregado",
+    "Not Supported": "não suportado",
+    "no processor in": "nenhum processador em",
+    "not readable at the end": "não legível no fim",
+    "Permission denied": "permissão negada",
+}
 TEXT: dict[str, tuple[str, str]] = MEASURE | {
     # shared
     "title": ("LoRA fine-tuning and batched inference: report", "Relatório: fine-tuning LoRA e inferência em lote"),

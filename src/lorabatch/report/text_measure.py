@@ -50,10 +50,12 @@ MEASURE: dict[str, tuple[str, str]] = {
     ),
     "advice_drained": (
         "{run} had {mean} of {most} requests running on average, because a short file drains: more prompts per run raise the throughput.",
-        "{run} teve em média {mean} de {most} requisições em andamento, pois um arquivo curto se esgota: mais prompts por execução elevam a vazão.",
+        "{run} teve em média {mean} de {most} requisições em andamento, pois um arquivo curto se esgota: mais prompts por execução "
+        "elevam a vazão.",
     ),
     "advice_knee": (
-        "{run}: beyond {knee} requests at once a doubling brings less than 1.5 times the throughput: --batch_size {knee} unless latency does not matter.",
+        "{run}: beyond {knee} requests at once a doubling brings less than 1.5 times the throughput: --batch_size {knee} unless latency "
+        "does not matter.",
         "{run}: além de {knee} requisições simultâneas, dobrar rende menos de 1,5 vez a vazão: --batch_size {knee}, se a latência importa.",
     ),
     "advice_no_knee": (
@@ -68,10 +70,10 @@ MEASURE: dict[str, tuple[str, str]] = {
     # sweeps
     "sweeps": ("Sweeps", "Varreduras"),
     "sweep_note": (
-        "Medians of alternating repetitions; the bars hold the median of any distribution with at least 95% (order statistics). “–”: fewer "
-        "than six repetitions.",
-        "Medianas de repetições alternadas; as barras contêm a mediana de qualquer distribuição com pelo menos 95% (estatísticas de ordem). "
-        "“–”: menos de seis repetições.",
+        "Medians of alternating repetitions; the bars hold the median of any distribution with at least 95% (order statistics). “–”: "
+        "fewer than six repetitions.",
+        "Medianas de repetições alternadas; as barras contêm a mediana de qualquer distribuição com pelo menos 95% (estatísticas de "
+        "ordem). “–”: menos de seis repetições.",
     ),
     "sweep_where": ("{run} ({kind}), measured on {machine}:", "{run} ({kind}), medido em {machine}:"),
     "level_batch_size": ("Batch size", "Tamanho do lote"),
@@ -82,16 +84,17 @@ MEASURE: dict[str, tuple[str, str]] = {
     "sweep_karp_flatt": ("Serial share (Karp-Flatt)", "Fração serial (Karp-Flatt)"),
     "sweep_weak_rate": ("Median throughput, work growing with the threads", "Vazão mediana, trabalho que cresce com as threads"),
     "sweep_laws": (
-        "First table: the same work for every number of threads (strong scaling): {strong} of it is serial by Amdahl's law. Second table: work that grows "
-        "with the threads (weak scaling): {weak} is serial by Gustafson's law.",
-        "Primeira tabela: o mesmo trabalho para todo número de threads (escalabilidade forte): {strong} dele é serial pela lei de Amdahl. Segunda "
-        "tabela: trabalho que cresce com as threads (escalabilidade fraca): {weak} é serial pela lei de Gustafson.",
+        "First table: the same work for every number of threads (strong scaling): {strong} of it is serial by Amdahl's law. Second "
+        "table: work that grows with the threads (weak scaling): {weak} is serial by Gustafson's law.",
+        "Primeira tabela: o mesmo trabalho para todo número de threads (escalabilidade forte): {strong} dele é serial pela lei de "
+        "Amdahl. Segunda tabela: trabalho que cresce com as threads (escalabilidade fraca): {weak} é serial pela lei de Gustafson.",
     ),
     "axis_weak": ("work × threads", "trabalho × threads"),
     "sweep_latency": ("Time per batch or step, median", "Tempo por lote ou passo, mediana"),
     "fig_sweep": (
         "Throughput by level, with intervals of the median; dotted: proportional growth from the first level; vertical line: the knee.",
-        "Vazão por nível, com intervalos da mediana; pontilhado: crescimento proporcional a partir do primeiro nível; linha vertical: o joelho.",
+        "Vazão por nível, com intervalos da mediana; pontilhado: crescimento proporcional a partir do primeiro nível; linha vertical: o "
+        "joelho.",
     ),
     "axis_ideal": ("proportional", "proporcional"),
     "axis_knee": ("knee", "joelho"),
@@ -99,8 +102,8 @@ MEASURE: dict[str, tuple[str, str]] = {
     "fig_roofline": (
         "Roofline: what the measured memory rate and the measured arithmetic rate of this machine allow, and where the runs were. "
         "Training counts the frozen weights read twice per block; decoding the weights and cached keys and values of every step.",
-        "Roofline: o que as taxas medidas de memória e de aritmética desta máquina permitem, e onde ficaram as execuções. O treino conta os "
-        "pesos congelados lidos duas vezes por bloco; a decodificação, os pesos e as chaves e valores em cache de cada passo.",
+        "Roofline: o que as taxas medidas de memória e de aritmética desta máquina permitem, e onde ficaram as execuções. O treino conta "
+        "os pesos congelados lidos duas vezes por bloco; a decodificação, os pesos e as chaves e valores em cache de cada passo.",
     ),
     "axis_intensity": ("arithmetic intensity (flop/byte)", "intensidade aritmética (flop/byte)"),
     "axis_gflops": ("Gflop/s", "Gflop/s"),
@@ -110,8 +113,9 @@ MEASURE: dict[str, tuple[str, str]] = {
     "co2e_note": (
         "CO2e = energy of GPU and processors, as far as measured, × {factor} g/kWh (default 98.3: Brazil, 2023, CodeCarbon's table of "
         "grids; PUE 1.0). Both are read from counters: the board's, and the processors' (RAPL), which counts all that ran on the node.",
-        "CO2e = energia da GPU e dos processadores, na medida em que foi medida, × {factor} g/kWh (padrão 98,3: Brasil, 2023, tabela de redes "
-        "do CodeCarbon; PUE 1,0). Ambas vêm de contadores: o da placa e o dos processadores (RAPL), que conta tudo o que rodou no nó.",
+        "CO2e = energia da GPU e dos processadores, na medida em que foi medida, × {factor} g/kWh (padrão 98,3: Brasil, 2023, tabela de "
+        "redes do CodeCarbon; PUE 1,0). Ambas vêm de contadores: o da placa e o dos processadores (RAPL), que conta tudo o que rodou no "
+        "nó.",
     ),
     "read_bytes_per_s": ("Bytes read by system calls, mean rate", "Bytes lidos por chamadas de sistema, taxa média"),
     "write_bytes_per_s": ("Bytes written by system calls, mean rate", "Bytes escritos por chamadas de sistema, taxa média"),

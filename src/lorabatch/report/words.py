@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lorabatch.report.text import TEXT
+from lorabatch.report.text import REASONS, TEXT
 
 LANGUAGES = ("en", "pt")
 DECIMALS = {"nats/token": 4, "bits/byte": 4, "%": 1}
@@ -41,6 +41,12 @@ class Words:
             value, unit = _scaled(value, 1000, tuple(f"{p}{'B/s' if unit == 'bytes/s' else unit}" for p in ("", "k", "M", "G", "T")))
         unit = self(f"unit {unit}") if f"unit {unit}" in TEXT else unit
         return f"{self.number(value, DECIMALS.get(unit))}{'' if unit == '%' else ' '}{unit}".strip()
+
+    def reason(self, text: str) -> str:
+        """Why a figure is null: the records say it in English, as the sampler or the system said it."""
+        for english, portuguese in REASONS.items():
+            text = text.replace(english, portuguese) if self.language == "pt" else text
+        return text
 
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> tuple[float, str]:
