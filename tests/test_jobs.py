@@ -16,9 +16,11 @@ from test_cli import TEXTS
 from test_resume import attempts, finish, history  # noqa: F401
 
 from lorabatch.cli import main
+from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import share
 from lorabatch.model.linear import can_prepack
 from lorabatch.train import checkpoint
+from lorabatch.train.jobfile import read_jobs
 
 FLAGS = (
     "--batch_size 3 --epochs 2 --lr 0.01 --lora_r 4 --eval_every_steps 3 --save_every_steps 1 --block_tokens 100 --dtype fp32 --threads 1"
@@ -149,7 +151,7 @@ def test_a_signal_stops_all_and_one_may_go_on_alone(attempts, place, tiny_llama_
         ('{"name": "a", "learning_rate": 4}\n', 64, "unknown key"),
         ('{"name": "a"}\n\n{"name": "a"}\n', 65, "jobs.jsonl:3: the name 'a' occurs twice"),
         ('{"lr": 1e-3}\n', 65, "jobs.jsonl:1: no 'name'"),
-        ('["a"]\n', 65, "jobs.jsonl:1: no 'name'"),
+        ('["a"]\n', 65, "jobs.jsonl:1: not a JSON object"),
         ('{"name": "../a"}\n', 65, "cannot be a folder's name"),
         ('{"name": "run.json"}\n', 65, "cannot be a folder's name"),
         ('{"name": "a", \n', 65, "jobs.jsonl:1: not valid JSON"),
@@ -168,6 +170,14 @@ def test_mistakes_in_the_file_are_told_before_anything_happens(content, code, wo
     assert not Path("together").exists()
 
 
+def test_the_file_is_read_like_any_jsonl(tmp_path):
+    """With the mark that Windows puts first, and lines that end at line feeds alone."""
+    path = tmp_path / "jobs.jsonl"
+    path.write_text('{"name": "a", "text_field": "x\u2028y"}\r\n\r\n{"name": "b"}\r\n', encoding="utf-8-sig", newline="")
+    jobs = read_jobs(path, TrainConfig(), tmp_path)
+    assert [*jobs] == ["a", "b"] and jobs["a"].text_field == "x\u2028y"
+
+
 def test_what_does_not_go_together_is_refused(place, tiny_llama_dir, tiny_neox_dir, monkeypatch, capsys):
     def refused(code, words, *more, model=tiny_llama_dir):
         assert main(flags(model, "together", "--jobs", "jobs.jsonl", *more)) == code
@@ -176,7 +186,7 @@ def test_what_does_not_go_together_is_refused(place, tiny_llama_dir, tiny_neox_d
     refused(64, "not together with --jobs: only the native decoder", "--backend", "hf")
     refused(64, "--shard_base: not together with --jobs", "--shard_base")
     refused(64, "use --resume auto", "--resume", "together")
-    refused(65, "cannot be read", "--jobs", "nowhere.jsonl")
+    refused(65, "nowhere.jsonl: no such file", "--jobs", "nowhere.jsonl")
     refused(64, "--lora_dropout and --checkpointing full", "--checkpointing", "full")
     assert not Path("together").exists()
     assert main(["profile", *flags(tiny_llama_dir, "together", "--jobs", "jobs.jsonl"), "--profile_dir", "profile"]) == 64

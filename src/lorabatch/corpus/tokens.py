@@ -76,7 +76,7 @@ def tokenise(
         num_split += len(pieces) > 1
         num_cut += cut
         for piece in pieces:
-            first = 1 if train_on_prompt or not prompt_ids else max(1, len(prompt_ids))
+            first = 1 if train_on_prompt or not prompt_ids else len(prompt_ids)
             token_document = TokenDocument(np.asarray(piece, dtype=np.int64), first)
             if token_document.num_targets:
                 out.append(token_document)

@@ -33,7 +33,7 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "read data": ("lorabatch.train.run:read_documents",),
         "load": ("lorabatch.model.load:load_model",),
-        "tokenise": ("lorabatch.corpus.tokens:tokenise",),
+        "tokenise": ("lorabatch.train.run:tokenise",),
         STEP: ("lorabatch.train.loop:_step",),
         "pack": ("lorabatch.train.evaluate:pack",),
         "forward": ("lorabatch.model.native:NativeModel.loss_sum", "lorabatch.model.hf:HfModel.loss_sum"),

@@ -13,7 +13,6 @@ from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES
 from lorabatch.model.lora import LoraSettings
 from lorabatch.train.loop import train_step
-from lorabatch.train.ranks import ALONE
 from lorabatch.train.state import Learner
 
 
@@ -27,11 +26,10 @@ def run_bench_train(config: BenchTrainConfig, command: list[str]) -> int:
 
     def one_step(size: int) -> dict[str, float | None]:
         ids = [np.array(draw.choices(vocabulary, k=config.document_tokens)) for _ in range(size)]
-        record = train_step(model, learner, [TokenDocument(i, 1) for i in ids], settings, 1e-4, ALONE)
+        record = train_step(model, learner, [TokenDocument(i, 1) for i in ids], settings, 1e-4)
         return {"tokens_per_s": record["tokens_per_s"], "step_ms": record["step_ms"]}
 
     points = bench.points(one_step)
-    print(
-        f"{bench.source.name}, {TYPE_NAMES[bench.dtype]} on {bench.device}, {bench.threads} threads; documents of {config.document_tokens} tokens\n"
-    )
+    where = f"{TYPE_NAMES[bench.dtype]} on {bench.device}, {bench.threads} threads"
+    print(f"{bench.source.name}, {where}; documents of {config.document_tokens} tokens\n")
     return bench.finish("bench train", points, command)

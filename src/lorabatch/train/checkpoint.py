@@ -43,7 +43,6 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Saved:
-    path: Path
     num_bytes: int
     seconds: float
 
@@ -87,7 +86,7 @@ def write(folder: Path, step: int, state: Mapping[str, Any], tensors: Mapping[st
         ) from None
     for old in listed(folder)[:-keep]:
         _remove(old)
-    return Saved(target, sum(map(len, files.values())), time.perf_counter() - start)
+    return Saved(sum(map(len, files.values())), time.perf_counter() - start)
 
 
 def listed(folder: Path) -> list[Path]:

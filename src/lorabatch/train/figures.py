@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorabatch.config import TrainConfig
+import torch
+
+from lorabatch.measure.machine import measured_flops_per_s
+from lorabatch.measure.roofline import training_flops
 from lorabatch.measure.statistics import mean, percentile, perplexity, rate, summary
 from lorabatch.measure.system import peak_memory_bytes
 
@@ -28,7 +31,7 @@ def data_record(corpus: Any, validation: Any) -> dict[str, Any]:
     return {"train": one(corpus), "val": one(validation) if validation else None}
 
 
-def data_line(corpus: Any, validation: Any, config: TrainConfig) -> str:
+def data_line(corpus: Any, validation: Any) -> str:
     def counted(part: Any) -> str:
         changes = [
             f"{n} {what}" for n, what in ((part.num_split, "split"), (part.num_cut, "cut at --max_len"), (part.num_dropped, "dropped")) if n
@@ -41,9 +44,6 @@ def data_line(corpus: Any, validation: Any, config: TrainConfig) -> str:
 def metrics_record(state: Any, model: Any, size: Mapping[str, Any], phases: Mapping[str, float], device: Any, dtype: Any) -> dict[str, Any]:
     mfu = ceiling = None
     if model.spec is not None and state.train_s:
-        from lorabatch.measure.machine import measured_flops_per_s
-        from lorabatch.measure.roofline import training_flops
-
         flops = training_flops(
             model.spec,
             tokens=state.tokens,
@@ -77,16 +77,10 @@ def metrics_record(state: Any, model: Any, size: Mapping[str, Any], phases: Mapp
         **size,
         "mfu": mfu,
         "measured_flops_per_s": ceiling,
-        "peak_memory_bytes": peak_memory_bytes() if device.type == "cpu" else _gpu_peak_bytes(),
+        "peak_memory_bytes": peak_memory_bytes() if device.type == "cpu" else torch.cuda.max_memory_allocated(),
         "train_s": state.train_s,
         "phases": {name: round(seconds, 3) for name, seconds in phases.items()},
     }
-
-
-def _gpu_peak_bytes() -> int:
-    import torch
-
-    return int(torch.cuda.max_memory_allocated())
 
 
 def _shown(metrics: Mapping[str, Any], name: str, form: str, unit: str = "") -> str:

@@ -27,7 +27,7 @@ from lorabatch.train.evaluate import EvalResult, LossModel
 from lorabatch.train.figures import data_line, data_record, metrics_record, print_summary, summary_line
 from lorabatch.train.loop import Steps, planned_steps, training
 from lorabatch.train.ranks import Ranks
-from lorabatch.train.saver import Identity, Saver
+from lorabatch.train.saver import Saver, identity_of
 from lorabatch.train.state import Learner, TrainState
 
 
@@ -91,8 +91,8 @@ class Job:
             **machine,
         )
         size = f"{self.name}: trainable {self._size['trainable_params']:,}; " if self.name else ""
-        print(size + data_line(self._corpus, self._validation, config))
-        identity = Identity.of(config, self._corpus, self._validation, base=fingerprint or base.source.name, machine=machine)
+        print(size + data_line(self._corpus, self._validation))
+        identity = identity_of(config, self._corpus, self._validation, base=fingerprint or base.source.name, machine=machine)
         self._saver = Saver(self.run, config, identity, self.learner, base.model, base.source.name, writes=base.ranks.is_first)
         self._saver.resume(self._found)
         self._found = None  # its tensors
@@ -162,9 +162,8 @@ class Job:
 
     def _on_eval(self, state: TrainState, result: EvalResult, improved: bool) -> None:
         bits = "" if result.bits_per_byte is None else f", bits per byte {result.bits_per_byte:.4f}"
-        self._note(
-            f"step {state.step}: eval loss {result.loss:.4f}, perplexity {perplexity(result.loss) or float('inf'):.2f}{bits}{'  (best)' if improved else ''}"
-        )
+        shown = f"eval loss {result.loss:.4f}, perplexity {perplexity(result.loss) or float('inf'):.2f}{bits}"
+        self._note(f"step {state.step}: {shown}{'  (best)' if improved else ''}")
         if state.step:
             self._saver.save_adapter(best=improved)
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabatch.config import TrainConfig
+from lorabatch.corpus.readers import check_file, jsonl_rows
 from lorabatch.errors import DataError, UsageError
 from lorabatch.records import RUN_FILES
 from lorabatch.settings import typed_values
@@ -27,20 +27,10 @@ SHARED = (
 
 def read_jobs(path: Path, config: TrainConfig, save_dir: Path) -> dict[str, TrainConfig]:
     """Name -> settings of each run, in the file's order. UsageError or DataError that names the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read ({error})", where=f"--jobs {path}", fix="give a .jsonl file") from None
+    check_file(path)
     jobs: dict[str, TrainConfig] = {}
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"not valid JSON ({error})", where=where, fix="one JSON object a line") from None
-        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+    for where, values in jsonl_rows(path):
+        if not isinstance(values.get("name"), str):
             raise DataError("no 'name'", where=where, fix='write {"name": "a", ...}: its folder under --save_dir')
         name = values.pop("name")
         if not re.fullmatch(r"[\w][\w.+=-]*", name) or name in RUN_FILES:

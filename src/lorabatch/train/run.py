@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from lorabatch import hub
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.readers import Document, read_documents
+from lorabatch.corpus.tokens import TokenCorpus, tokenise
 from lorabatch.errors import InterruptedRun, LorabatchError, UnavailableError, UsageError
 from lorabatch.measure.environment import environment, gpu_description
 from lorabatch.measure.system import SystemSampler
@@ -21,6 +22,7 @@ from lorabatch.progress import Phases, Progress
 from lorabatch.records import RunFolder, read_json
 from lorabatch.signals import Deadline, StopSignals
 from lorabatch.train.jobfile import check_shared, read_jobs
+from lorabatch.train.ranks import Ranks, find_place, joined
 
 
 @dataclass(frozen=True)
@@ -43,55 +45,43 @@ class _Work:
     source: hub.ModelSource
     signals: StopSignals
     deadline: Deadline
-    ranks: Any  # Ranks; its module imports torch
-
-
-def default_save_dir(base_model: str) -> Path:
-    return Path("results") / f"lora-{Path(base_model.rstrip('/')).name.removesuffix('.gguf')}"
+    ranks: Ranks
 
 
 def run_training(config: TrainConfig, command: list[str]) -> int:
-    """Returns the exit code; raises LorabatchError for what the user can mend."""
-    with StopSignals() as signals:  # from the start: loading may take minutes
-        return _checked(config, command, signals)
-
-
-def _checked(config: TrainConfig, command: list[str], signals: StopSignals) -> int:
-    """What is wrong with the input shows here, before anything is loaded."""
-    hub.prepare_environment()
-    deadline = Deadline.from_flag_and_slurm(config.time_limit)
-    folder = Path(config.save_dir) if config.save_dir else default_save_dir(config.base_model)
-    plans = _plans(config, folder)
-    source = hub.find_model(config.base_model)
-    with _joined(config) as ranks:
-        left = ranks.from_first([not (ranks.is_first and _is_done(plan)) for plan in plans])
-        for plan, wanted in zip(plans, left, strict=True):
-            if not wanted:
-                print(f"{plan.folder}: this run is complete; nothing to do")
-        plans = [plan for plan, wanted in zip(plans, left, strict=True) if wanted]
-        work = _Work(config, folder, source, signals, deadline, ranks)
+    """Returns the exit code; raises LorabatchError for what the user can mend, if it can be known before anything is loaded."""
+    with StopSignals() as signals, ExitStack() as stack:  # from the start: loading may take minutes
+        hub.prepare_environment()
+        deadline = Deadline.from_flag_and_slurm(config.time_limit)
+        folder = Path(config.save_dir or f"results/lora-{Path(config.base_model).name.removesuffix('.gguf')}")
+        place = find_place(os.environ)
+        plans = _plans(config, folder, several_ranks=place is not None)
+        source = hub.find_model(config.base_model)
+        ranks = stack.enter_context(joined(place, timeout_s=config.rank_timeout))
+        done = ranks.from_first([ranks.is_first and _is_done(plan) for plan in plans])
+        for plan in compress(plans, done):
+            print(f"{plan.folder}: this run is complete; nothing to do")
+        plans = [plan for plan, complete in zip(plans, done, strict=True) if not complete]
         if not plans:
             return 0
+        work = _Work(config, folder, source, signals, deadline, ranks)
         if ranks.is_first:
             return _run_all(plans, command, work)
         # The other ranks do the same and keep nothing of it: one writer per run.
-        with ExitStack() as silent:
-            scratch = Path(silent.enter_context(tempfile.TemporaryDirectory()))
-            nowhere = silent.enter_context(Path(os.devnull).open("w"))
-            silent.enter_context(redirect_stdout(nowhere))
-            silent.enter_context(redirect_stderr(nowhere))
-            return _run_all([replace(plan, folder=scratch) for plan in plans], command, replace(work, folder=scratch))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        nowhere = stack.enter_context(Path(os.devnull).open("w"))
+        stack.enter_context(redirect_stdout(nowhere))
+        stack.enter_context(redirect_stderr(nowhere))
+        return _run_all([replace(plan, folder=scratch) for plan in plans], command, replace(work, folder=scratch))
 
 
-def _plans(config: TrainConfig, folder: Path) -> list[_Plan]:
+def _plans(config: TrainConfig, folder: Path, *, several_ranks: bool) -> list[_Plan]:
     """The run, or those of ``--jobs``, with their documents; a file that several name is read once."""
     configs = {"": config}
     if config.jobs:
-        from lorabatch.train.ranks import find_place
-
         configs = read_jobs(Path(config.jobs), config, folder)
         if len(configs) > 1:
-            check_shared(config, several_ranks=find_place(os.environ) is not None)
+            check_shared(config, several_ranks=several_ranks)
     read = functools.cache(lambda path, txt_format, field: read_documents(Path(path), txt_format=txt_format, text_field=field))
     return [
         _Plan(
@@ -106,19 +96,15 @@ def _plans(config: TrainConfig, folder: Path) -> list[_Plan]:
 
 
 def _run_all(plans: list[_Plan], command: list[str], work: _Work) -> int:
-    flags: Any = {
-        "kind": "train",
-        "folder_flag": "--save_dir",
-        "overwrite": work.config.overwrite,
-    }
+    flags: Any = {"kind": "train", "folder_flag": "--save_dir", "overwrite": work.config.overwrite}
     for plan in plans:  # a refusal changes none of them
         RunFolder.check(plan.folder, resume=plan.config.resume is not None, **flags)
     here = environment()
     runs: list[RunFolder] = []
     try:
         for plan in plans:
-            flags |= {"config": plan.config.to_dict(), "resume": plan.config.resume is not None}
-            runs.append(RunFolder.create(plan.folder, command=command, environment=here, **flags))
+            facts: Any = {"config": plan.config.to_dict(), "command": command, "environment": here}
+            runs.append(RunFolder.create(plan.folder, resume=plan.config.resume is not None, **facts, **flags))
         errors = [error for error in _train(plans, runs, work) if error]
     except BaseException as error:
         for run in runs:
@@ -134,15 +120,6 @@ def _run_all(plans: list[_Plan], command: list[str], work: _Work) -> int:
         raise InterruptedRun(stopped.what, where=work.folder, fix=stopped.fix)
     failed = type(errors[0])
     raise failed(f"{len(errors)} of {len(plans)} runs failed", where=work.folder, fix="their run.json says why; the others are complete")
-
-
-@contextmanager
-def _joined(config: TrainConfig) -> Iterator[Any]:
-    """The other ranks, if this process was started as one of several."""
-    from lorabatch.train.ranks import find_place, joined
-
-    with joined(find_place(os.environ), timeout_s=config.rank_timeout) as ranks:
-        yield ranks
 
 
 def _is_done(plan: _Plan) -> bool:
@@ -199,7 +176,8 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
         jobs = [Job(base, p.name, *rest) for p, *rest in zip(plans, runs, (p.config for p in plans), corpora, found, strict=True)]
         configure(model, plans[0].config)
         largest = replace(config, lora_r=max(p.config.lora_r for p in plans), max_len=max(p.config.max_len for p in plans))
-        planned = plan(model, largest, sum(job.learner.adapters.num_params for job in jobs))
+        trainable = sum(job.learner.adapters.num_params for job in jobs)
+        planned = plan(model, largest, trainable)
         phases.end("load_s")
         machine = {
             "device": str(device),
@@ -211,12 +189,10 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
             "block_tokens": planned[0] if planned else config.block_tokens,
             "planned_step_bytes": planned[1] if planned else None,
         }
-        trainable = sum(job.learner.adapters.num_params for job in jobs)
-        print(
-            f"base {source.name} ({model.num_base_params / 1e6:.1f}M parameters in {model.base_bytes / 2**20:.1f} MiB, {machine['dtype']} on {device}, {threads} threads{f' x {ranks.count} ranks' if ranks.count > 1 else ''}); "
-            f"trainable {trainable:,} ({100 * trainable / (trainable + model.num_base_params):.2f} %)"
-            + (f" in {len(jobs)} runs" if config.jobs else "")
-        )
+        size = f"{model.num_base_params / 1e6:.1f}M parameters in {model.base_bytes / 2**20:.1f} MiB"
+        where = f"{machine['dtype']} on {device}, {threads} threads" + (f" x {ranks.count} ranks" if ranks.count > 1 else "")
+        share = f"trainable {trainable:,} ({100 * trainable / (trainable + model.num_base_params):.2f} %)"
+        print(f"base {source.name} ({size}, {where}); {share}" + (f" in {len(jobs)} runs" if config.jobs else ""))
         for job in jobs:
             job.learner.block_tokens = machine["block_tokens"]
             job.prepare(machine)
@@ -230,7 +206,7 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
             base.progress.close()
 
 
-def _product(config: TrainConfig, ranks: Any) -> Any:
+def _product(config: TrainConfig, ranks: Ranks) -> Any:
     """How the frozen layers are stored, if not as dense weights. UsageError for a combination that is not possible."""
     asked = [name for name in ("load_in_4bit", "load_in_8bit", "shard_base") if getattr(config, name)]
     if len(asked) > 1:
@@ -251,8 +227,6 @@ def _product(config: TrainConfig, ranks: Any) -> Any:
 
 def _tokenise(plans: list[_Plan], model_config: Any, tokenizer: Any) -> list[tuple[Any, Any]]:
     """(training, validation or None) of each run; what several runs have in common is tokenised once."""
-    from lorabatch.corpus.tokens import TokenCorpus, tokenise
-
     limit = getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None)
     kept: dict[Any, TokenCorpus] = {}
 

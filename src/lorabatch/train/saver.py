@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import epoch_order
 from lorabatch.corpus.tokens import TokenCorpus
 from lorabatch.errors import UsageError
-from lorabatch.measure.environment import PACKAGES
+from lorabatch.measure.environment import environment
 from lorabatch.measure.statistics import summary
 from lorabatch.model.lora import save_adapter
 from lorabatch.records import JsonlWriter, RunFolder
@@ -31,37 +29,25 @@ SAVE_EVERY_S = 300.0  # without --save_every_steps
 LAST_WORDS_S = 2.0  # adapter files and records at the end of a run, over the measured save
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What must be equal for a run to go on as if it had not stopped, and what had better be."""
+def identity_of(
+    config: TrainConfig, corpus: TokenCorpus, validation: TokenCorpus | None, *, base: str, machine: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What must be equal for a run to go on as if it had not stopped: settings and content.
 
-    settings: Mapping[str, Any]
-    content: Mapping[str, Any]  # base, data, plan, type and backend
-    circumstances: Mapping[str, Any]  # a difference here may change the last bits, not the meaning
-
-    @classmethod
-    def of(
-        cls, config: TrainConfig, corpus: TokenCorpus, validation: TokenCorpus | None, *, base: str, machine: Mapping[str, Any]
-    ) -> Identity:
-        from lorabatch.measure.environment import environment
-
-        here = environment()
-        content = {
-            "base": base,
-            "training data": _corpus_digest(corpus),
-            "validation data": _corpus_digest(validation) if validation else None,
-            "packing plan": _plan_digest(corpus, config),
-            "dtype": machine["dtype"],
-            "backend": machine["backend"],
-        }
-        circumstances = {
-            "threads": machine["threads"],
-            "ranks": machine["ranks"],
-            "device": machine["device"].split(":")[0],
-            "cpu": here["cpu"],
-        }
-        versions = {name: here["packages"][name] for name in PACKAGES}
-        return cls(config.fixed(), content, circumstances | versions)
+    A difference of circumstances may change the last bits, not the meaning.
+    """
+    here = environment()
+    content = {
+        "base": base,
+        "training data": _corpus_digest(corpus),
+        "validation data": _corpus_digest(validation) if validation else None,
+        "packing plan": _plan_digest(corpus, config),
+        "dtype": machine["dtype"],
+        "backend": machine["backend"],
+    }
+    device = machine["device"].split(":")[0]
+    circumstances = {"threads": machine["threads"], "ranks": machine["ranks"], "device": device, "cpu": here["cpu"]}
+    return {"settings": config.fixed(), "content": content, "circumstances": circumstances | here["packages"]}
 
 
 def _corpus_digest(corpus: TokenCorpus) -> str:
@@ -86,7 +72,15 @@ class Saver:
     """Writes checkpoints when they are due, ``last/`` and ``best/``, and at the root the best adapter (the last one without evaluation)."""
 
     def __init__(
-        self, run: RunFolder, config: TrainConfig, identity: Identity, learner: Learner, model: Any, base_name: str, *, writes: bool = True
+        self,
+        run: RunFolder,
+        config: TrainConfig,
+        identity: Mapping[str, Any],
+        learner: Learner,
+        model: Any,
+        base_name: str,
+        *,
+        writes: bool,
     ) -> None:
         self._run, self._config, self._identity, self._learner = run, config, identity, learner
         self._writes = writes  # the first rank does
@@ -127,8 +121,7 @@ class Saver:
         print(f"going on from {found.path} (step {found.step}{loss})")
 
     def _check(self, found: checkpoint.Checkpoint) -> None:
-        saved = found.state["identity"]
-        mine = dataclasses.asdict(self._identity)
+        saved, mine = found.state["identity"], self._identity
         changes = [d for part in ("content", "settings") for d in checkpoint.differences(saved[part], mine[part])]
         if changes and not self._config.resume_anyway:
             raise UsageError(
@@ -164,7 +157,7 @@ class Saver:
         assert self.events is not None
         content = {
             "learner": self._learner.record(),
-            "identity": dataclasses.asdict(self._identity),
+            "identity": self._identity,
             "events_bytes": self.events.sync(),
             "config": self._config.to_dict(),
             "run_id": self._run.record["run_id"],
