@@ -1,6 +1,7 @@
 """Device, type and threads on machines that are not this one."""
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from lorabatch.errors import UnavailableError
 from lorabatch.measure import environment
 from lorabatch.measure.environment import usable_cores
+from lorabatch.measure.system import ControlGroup
 from lorabatch.model import device
 from lorabatch.model.device import TYPE_NAMES, TYPES, choose_device, choose_dtype, choose_threads
 
@@ -92,12 +94,14 @@ def test_faster_means_the_shortest_of_alternating_runs(fp32_s, bf16_s, expected,
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine with 16 cores in the affinity mask, no Slurm and no cgroup quota; write ``cpu.max`` to add one."""
+    """A machine with 16 cores in the affinity mask, no Slurm and no quota of our control group; write ``cpu.max`` to add one."""
     monkeypatch.setattr(device.os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(environment, "Path", lambda path: quota)
-    return quota
+    (tmp_path / "job").mkdir()
+    (tmp_path / "cgroup.controllers").write_text("cpu\n")
+    (tmp_path / "membership").write_text("0::/job\n")
+    monkeypatch.setattr(environment, "ControlGroup", partial(ControlGroup, tmp_path, tmp_path / "membership"))
+    return tmp_path / "job/cpu.max"
 
 
 def test_cores_are_the_least_of_all_limits(machine, monkeypatch):

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from lorabatch.settings import Settings, setting
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+A_MODEL = "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m"
+THREADS = "CPU threads (default: the cores this process may use)"
 
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
     """Fine-tune a base model with LoRA; the adapter lands in --save_dir in PEFT's format."""
 
-    base_model: str = setting(
-        "distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m", free=True
-    )
+    base_model: str = setting("distilgpt2", A_MODEL, free=True)
     train_path: str = setting("data_sample/train.txt", "training documents: .txt, .jsonl, .csv or .parquet", free=True)
     val_path: str | None = setting("data_sample/val.txt", "validation documents ('none': no evaluation)", free=True)
     save_dir: str | None = setting(None, "run folder, adapter at its root (default: results/lora-<model>)", free=True)
@@ -90,14 +90,14 @@ class TrainConfig(Settings):
     backend: str = setting(
         "auto", "native decoder, or transformers + peft for any other model", choices=("auto", "native", "hf"), free=True
     )
-    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1, maximum=1024, free=True)
+    threads: int | None = setting(None, THREADS, minimum=1, maximum=1024, free=True)
 
 
 @dataclass(frozen=True)
 class InferConfig(Settings):
     """Complete all prompts of a file in batches; one JSON line per finished request."""
 
-    base_model: str = setting("distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m")
+    base_model: str = setting("distilgpt2", A_MODEL)
     adapter_dir: str | None = setting(None, "LoRA adapter in PEFT's format, merged into the base ('none': the base alone)")
     prompts: str = setting("data_sample/prompts.txt", "prompts: .txt (one a line) or .jsonl (id, prompt, settings per request)")
     output_dir: str | None = setting(None, "run folder (default: a new one in results/)")
@@ -154,14 +154,14 @@ class InferConfig(Settings):
     quantize: str = setting("none", "int8: 8-bit weights and activations on a CPU, faster and nearly exact", choices=("none", "int8"))
     no_cuda: bool = setting(False, "stay on the CPU")
     backend: str = setting("auto", "native decoder, or transformers for any other model", choices=("auto", "native", "hf"))
-    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1, maximum=1024)
+    threads: int | None = setting(None, THREADS, minimum=1, maximum=1024)
 
 
 @dataclass(frozen=True)
 class MergeConfig(Settings):
     """Write a model folder with an adapter merged into the base, for tools that do not know adapters."""
 
-    base_model: str = setting("distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m")
+    base_model: str = setting("distilgpt2", A_MODEL)
     adapter_dir: str | None = setting(None, "LoRA adapter in PEFT's format")
     output_dir: str | None = setting(None, "folder to write; must not exist or be empty")
     dtype: str = setting("auto", "type of the merged weights (auto: the base's own)", choices=DTYPES)
@@ -255,7 +255,7 @@ class BenchMachineConfig(Settings):
     output: str | None = setting(None, "also write the record to this JSON file")
     seconds: float = setting(0.1, "time spent on each figure", above=0)
     no_cuda: bool = setting(False, "stay on the CPU")
-    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1, maximum=1024)
+    threads: int | None = setting(None, THREADS, minimum=1, maximum=1024)
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ class CompareConfig(Settings):
 class BenchConfig(Settings):
     """What both sweeps ask for."""
 
-    base_model: str = setting("distilgpt2", "model folder, .gguf file, name in the Hugging Face cache or on the hub, or smollm2-135m")
+    base_model: str = setting("distilgpt2", A_MODEL)
     batch_sizes: tuple[int, ...] = setting((1, 2, 4, 8, 16), "documents per optimiser step", minimum=1)
     repeats: int = setting(6, "measurements of each level, in alternating order, after a warm-up (six give an interval)", minimum=1)
     threads_sweep: tuple[int, ...] = setting(
@@ -294,7 +294,7 @@ class BenchConfig(Settings):
     output: str = setting("results/bench-train.json", "JSON file for the figures of the table")
     dtype: str = setting("auto", "type of weights and KV cache; adapters in training stay fp32", choices=DTYPES)
     no_cuda: bool = setting(False, "stay on the CPU")
-    threads: int | None = setting(None, "CPU threads (default: the cores this process may use)", minimum=1, maximum=1024)
+    threads: int | None = setting(None, THREADS, minimum=1, maximum=1024)
 
 
 @dataclass(frozen=True)

@@ -140,10 +140,8 @@ def _commits(repo: Path, revision: str | None) -> Iterator[str]:
 def _not_found(name: str, why: str | None) -> UnavailableError:
     looked = ", ".join(f"{variable}={path}" for variable, path in cache_folders())
     what = f"model '{name}' is neither a folder nor in a cache ({looked})" + (f" and {why}" if why else "")
-    return UnavailableError(
-        what,
-        fix=f"on a machine with internet run: lorabatch fetch {name} --to DIR, then use --base_model DIR; or use --base_model smollm2-135m, which is packaged",
-    )
+    fix = f"on a machine with internet run: lorabatch fetch {name} --to DIR, then use --base_model DIR"
+    return UnavailableError(what, fix=f"{fix}; or use --base_model smollm2-135m, which is packaged")
 
 
 def _hub_reachable(timeout_s: float = 3.0) -> bool:
@@ -204,7 +202,8 @@ def convert_gguf(path: Path) -> Path:
     try:
         temporary.mkdir(parents=True)
         _write_converted(path, temporary)
-        write_manifest(temporary, name=_packaged_name(path) or path.stem, revision=None, origin=path.name)
+        name = next((name for name, (_, filename, _) in PACKAGED.items() if path.name == filename), path.stem)
+        write_manifest(temporary, name=name, revision=None, origin=path.name)
         try:
             temporary.rename(target)
         except OSError:  # another process was faster; its folder is as good
@@ -217,10 +216,6 @@ def convert_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def _packaged_name(path: Path) -> str | None:
-    return next((name for name, (_, filename, _) in PACKAGED.items() if path.name == filename), None)
 
 
 def _write_converted(path: Path, folder: Path) -> None:

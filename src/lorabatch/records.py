@@ -186,9 +186,9 @@ def _locked(folder: Path, folder_flag: str) -> BinaryIO | None:
 class RunFolder:
     """One run on disk. ``run.json`` always tells the state: running, completed, failed or interrupted."""
 
-    def __init__(self, path: Path, record: dict[str, Any], lock: BinaryIO | None = None) -> None:
+    def __init__(self, path: Path, record: dict[str, Any], lock: BinaryIO | None = None, earlier: bytes | None = None) -> None:
         self.path, self.record, self._lock = path, record, lock
-        self._earlier: bytes | None = None  # run.json before this attempt to go on
+        self._earlier = earlier  # run.json before this attempt to go on
 
     @staticmethod
     def check(path: Path, *, kind: str, folder_flag: str, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
@@ -249,8 +249,7 @@ class RunFolder:
         }
         if resume and found:  # one run, however many attempts it takes
             record |= {k: found[k] for k in ("run_id", "started_at", "resumed") if k in found}
-        run = cls(path, record, lock)
-        run._earlier = earlier
+        run = cls(path, record, lock, earlier)
         run.save()
         return run
 

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import operator
+import re
 import sys
 import types
 import typing
@@ -77,14 +78,10 @@ class Settings:
     def to_toml(self) -> str:
         """The configuration as a TOML file that ``--config`` reads back to the same object."""
         lines = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, tuple):
-                value = list(value)
+        for field, value in zip(dataclasses.fields(self), self.to_dict().values(), strict=True):
             if value is None and field.default is not None:
                 value = "none"  # said, because silence would mean the default
-            text = f"# {field.name} is not set" if value is None else f"{field.name} = {json.dumps(value, ensure_ascii=False)}"
-            lines.append(text)
+            lines.append(f"# {field.name} is not set" if value is None else f"{field.name} = {json.dumps(value, ensure_ascii=False)}")
         return "\n".join(lines) + "\n"
 
 
@@ -160,13 +157,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], an
 
 def _underscored(argv: list[str]) -> list[str]:
     """``--lora-r=4`` -> ``--lora_r=4``: hyphen and underscore are the same; values stay as they are."""
-    fixed = []
-    for word in argv:
-        if word.startswith("--") and len(word) > 2:
-            flag, equals, value = word.partition("=")
-            word = "--" + flag[2:].replace("-", "_") + equals + value
-        fixed.append(word)
-    return fixed
+    return [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
 
 
 def parse(
@@ -228,11 +219,6 @@ def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict
         sections.append(sections[-1].get(word, {}))
     merged = {k: v for section in sections for k, v in section.items() if not isinstance(v, dict)}
     return typed_values(config_class, merged, path)
-
-
-def typed_settings(config_class: type[ConfigType], values: Mapping[str, Any], path: Path) -> ConfigType:
-    """A configuration from values that a TOML file holds. UsageError for an unknown key or a value of another type."""
-    return config_class(**typed_values(config_class, values, path))
 
 
 def typed_values(config_class: type[Settings], values: Mapping[str, Any], path: Path | str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -76,10 +77,7 @@ def _slurm_end_s() -> float | None:
 
 def limit_seconds(text: str) -> float:
     """``"90"`` (minutes) or ``"1:30:00"`` (hours:minutes:seconds) in seconds. UsageError for anything else."""
-    fields = text.split(":")
-    if len(fields) not in (1, 3) or not all(f.isdigit() and f.isascii() for f in fields) or not any(map(int, fields)):
+    found = slurm.seconds(text) if re.fullmatch(r"[0-9]+(:[0-9]+:[0-9]+)?", text) else None
+    if not found:
         raise UsageError("not a time", where=f"--time_limit {text}", fix="give minutes (90) or h:mm:ss (1:30:00)")
-    if len(fields) == 1:
-        return int(text) * 60.0
-    hours, minutes, seconds = map(int, fields)
-    return hours * 3600.0 + minutes * 60.0 + seconds
+    return found

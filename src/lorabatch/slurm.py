@@ -54,7 +54,7 @@ def local_rank(variables: Mapping[str, str]) -> int:
 
 
 def job_id() -> str | None:
-    """The job that we run in, as Slurm's commands take it: of an array ARRAY_TASK, because the number of one of its tasks means them all."""
+    """The job that we run in, as Slurm's commands take it: ARRAY_TASK, because the number of one task of an array means them all."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 

@@ -33,7 +33,7 @@ from lorabatch.config import SweepConfig, TrainConfig
 from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest
 from lorabatch.measure.statistics import mean, standard_deviation
 from lorabatch.records import read_json, utc_now, write_json, writing
-from lorabatch.settings import typed_settings
+from lorabatch.settings import typed_values
 from lorabatch.signals import StopSignals
 from lorabatch.train.jobfile import SHARED
 
@@ -90,7 +90,7 @@ def planned_trials(path: Path, *, no_cuda: bool) -> tuple[dict[str, Any], list[d
     if not trials:
         raise UsageError("nothing to try", where=path, fix="give samples of at least 1, and lists with something in them")
     device = {"no_cuda": True} if no_cuda else {}
-    return sweep, trials, [typed_settings(TrainConfig, sweep["train"] | values | device, path) for values in trials]
+    return sweep, trials, [TrainConfig(**typed_values(TrainConfig, sweep["train"] | values | device, path)) for values in trials]
 
 
 def read_sweep(path: Path) -> dict[str, Any]:

@@ -76,10 +76,7 @@ def _line(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         interval = "" if e["low"] is None else f" [{e['low']:.1f}, {e['high']:.1f}]"
         return f"{e['median']:.1f}{interval}"
 
-    text = f"{name}: A {shown(a)}, B {shown(b)} tokens/s (median and its interval of at least 95 %; {len(a['values'])} and {len(b['values'])} values): "
-    found = verdict(a, b)
-    if found == "too few":
-        return text + "too few values to say (six are the least)"
-    if found == "overlap":
-        return text + "the intervals overlap: no difference shown"
-    return text + f"B is {found}, {b['median'] / a['median']:.2f} times A's median"
+    words = {"too few": "too few values to say (six are the least)", "overlap": "the intervals overlap: no difference shown"}
+    found, counts = verdict(a, b), f"{len(a['values'])} and {len(b['values'])} values"
+    said = words.get(found) or f"B is {found}, {b['median'] / a['median']:.2f} times A's median"
+    return f"{name}: A {shown(a)}, B {shown(b)} tokens/s (median and its interval of at least 95 %; {counts}): {said}"

@@ -10,19 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lorabatch.measure.system import ControlGroup
+
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 SLURM_VARIABLES = (
-    "JOB_ID",
-    "JOB_NAME",
-    "ARRAY_JOB_ID",
-    "ARRAY_TASK_ID",
-    "JOB_PARTITION",
-    "JOB_NODELIST",
-    "NTASKS",
-    "CPUS_PER_TASK",
-    "MEM_PER_NODE",
-    "MEM_PER_CPU",
-    "RESTART_COUNT",
+    *("JOB_ID", "JOB_NAME", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_PARTITION", "JOB_NODELIST"),
+    *("NTASKS", "CPUS_PER_TASK", "MEM_PER_NODE", "MEM_PER_CPU", "RESTART_COUNT"),
 )
 
 
@@ -43,16 +36,10 @@ def environment() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Cores this process may use: the Slurm allocation, the CPU affinity, the cgroup's quota; the least of them."""
-    found = [len(os.sched_getaffinity(0))]
+    """Cores this process may use: the Slurm allocation, the CPU affinity, the quotas of its control groups; the least of them."""
+    found = [len(os.sched_getaffinity(0)), int(ControlGroup().limits()["cgroup_cores"] or sys.maxsize)]
     if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
         found.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            found.append(max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
     return max(1, min(found))
 
 

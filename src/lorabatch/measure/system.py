@@ -46,7 +46,7 @@ class SystemSampler:
         self._throttle_reasons: dict[str, int] = {}
         self._samples = 0
         self._sampling = threading.Lock()
-        self.own_cpu_s = 0.0
+        self._own_cpu_s = 0.0
 
     def __enter__(self) -> SystemSampler:
         self._start = self._last = time.perf_counter()
@@ -69,7 +69,7 @@ class SystemSampler:
                     writer.write(self._sample(last=stopped))
                 except UnavailableError:  # a full disk: the run's own files will say so
                     return
-                self.own_cpu_s = time.thread_time()
+                self._own_cpu_s = time.thread_time()
                 if stopped:
                     return
 
@@ -121,7 +121,7 @@ class SystemSampler:
         figures["missing"] = {name: reason for name, reason in reasons.items() if figures[name] is None}
         figures |= self._group.limits()
         figures["sampled_s"] = self._last - self._start
-        figures["sampler_cpu_s"] = self.own_cpu_s
+        figures["sampler_cpu_s"] = self._own_cpu_s
         return figures
 
 
