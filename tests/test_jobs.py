@@ -184,6 +184,7 @@ def test_what_does_not_go_together_is_refused(place, tiny_llama_dir, tiny_neox_d
         assert words in capsys.readouterr().err.splitlines()[-1]
 
     refused(64, "not together with --jobs: only the native decoder", "--backend", "hf")
+    refused(64, "its own adapter; leave it out, or train them", "--backend", "hf", "--resume", "together")
     refused(64, "--shard_base: not together with --jobs", "--shard_base")
     refused(64, "use --resume auto", "--resume", "together")
     refused(65, "nowhere.jsonl: no such file", "--jobs", "nowhere.jsonl")

@@ -88,22 +88,19 @@ class SystemSampler:
         return added
 
     def _sample(self, *, last: bool) -> dict[str, Any]:
-        with self._sampling:
-            return self._sampled(last=last)
-
-    def _sampled(self, *, last: bool) -> dict[str, Any]:
-        added, now = self._counted(), time.perf_counter()
-        seconds, self._last = max(now - self._last, 1e-9), now
-        gauges = {**self._tree.gauges, **self._gpu.sample()}
-        gauges["pss_bytes"] = self._tree.pss_bytes() if last or self._samples % PSS_EVERY == PSS_EVERY - 1 else None
-        for name, kept in self._gauges.items():
-            if (value := gauges.get(name)) is not None:
-                kept[:] = kept[0] + value, kept[1] + 1, max(kept[2], value)
-        reasons = self._gpu.throttle_reasons()
-        for reason in reasons or ():
-            self._throttle_reasons[reason] = self._throttle_reasons.get(reason, 0) + 1
-        self._samples += 1
-        return {"t_s": round(now - self._start, 3), **_rates(added, seconds), **gauges, "gpu_throttle_reasons": reasons}
+        with self._sampling:  # the thread, and whoever asks for a summary before its end
+            added, now = self._counted(), time.perf_counter()
+            seconds, self._last = max(now - self._last, 1e-9), now
+            gauges = {**self._tree.gauges, **self._gpu.sample()}
+            gauges["pss_bytes"] = self._tree.pss_bytes() if last or self._samples % PSS_EVERY == PSS_EVERY - 1 else None
+            for name, kept in self._gauges.items():
+                if (value := gauges.get(name)) is not None:
+                    kept[:] = kept[0] + value, kept[1] + 1, max(kept[2], value)
+            reasons = self._gpu.throttle_reasons()
+            for reason in reasons or ():
+                self._throttle_reasons[reason] = self._throttle_reasons.get(reason, 0) + 1
+            self._samples += 1
+            return {"t_s": round(now - self._start, 3), **_rates(added, seconds), **gauges, "gpu_throttle_reasons": reasons}
 
     def summary(self) -> dict[str, Any]:
         if not self._stop.is_set():
@@ -222,7 +219,7 @@ class ControlGroup:
         return next((stat[name] / unit for name, unit in (("throttled_usec", 1e6), ("throttled_time", 1e9)) if name in stat), None)
 
     def left_bytes(self) -> float:
-        """Memory that the tightest limit leaves (infinite without one). Pages of files that were read once are free: the kernel drops them."""
+        """What the tightest limit leaves (infinite without one). Pages of files that were read once are free: the kernel drops them."""
         left = [float("inf")]
         for folder in self._memory:
             for limit, usage, once in (

@@ -59,12 +59,12 @@ def _settings(values: Mapping[str, Any], config: TrainConfig, where: str) -> Tra
 
 def check_shared(config: TrainConfig, *, several_ranks: bool) -> None:
     """UsageError for what cannot be together with ``--jobs``."""
-    for refused, flag, why in (
-        (several_ranks, "several ranks", "the runs share one process"),
-        (config.backend == "hf", "--backend hf", "only the native decoder gives each row its own adapter"),
-        (config.shard_base, "--shard_base", "the runs share one process"),
-        (config.resume not in (None, "auto"), f"--resume {config.resume}", "each run goes on from its own folder"),
+    apart = "leave it out, or train them one by one"
+    for refused, flag, why, fix in (
+        (several_ranks, "several ranks", "the runs share one process", apart),
+        (config.backend == "hf", "--backend hf", "only the native decoder gives each row its own adapter", apart),
+        (config.shard_base, "--shard_base", "the runs share one process", apart),
+        (config.resume not in (None, "auto"), f"--resume {config.resume}", "each run goes on from its own folder", "use --resume auto"),
     ):
         if refused:
-            fix = "use --resume auto" if config.resume not in (None, "auto") else "leave it out, or train them one by one"
             raise UsageError(f"not together with --jobs: {why}", where=flag, fix=fix)

@@ -122,7 +122,7 @@ class _Group(Ranks):
                 self._gpu = dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout_s))
 
     @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def _told(self, what: str = "another rank is gone") -> Iterator[None]:
         """A dead or silent peer as one line: gloo raises when a connection breaks or the time limit is over."""
         try:
             yield
@@ -137,13 +137,13 @@ class _Group(Ranks):
         return self._control if tensor.device.type == "cpu" else self._gpu
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        with self._told("another rank is gone"):
+        with self._told():
             self._dist.all_reduce(tensor, group=self._between(tensor))
         return tensor
 
     def gather(self, shard: Tensor) -> Tensor:
         whole = shard.new_empty(self.count * shard.shape[0], *shard.shape[1:])
-        with self._told("another rank is gone"):
+        with self._told():
             self._dist.all_gather_into_tensor(whole, shard, group=self._between(shard))
         return whole
 
@@ -152,12 +152,12 @@ class _Group(Ranks):
 
     def from_first(self, value: Any) -> Any:
         box = [value]
-        with self._told("another rank is gone"):
+        with self._told():
             self._dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def wait_for_loading(self) -> None:
-        with self._told("another rank is gone"):
+        with self._told():
             self._dist.monitored_barrier(timeout=timedelta(seconds=LOADING_S))
 
     def leave(self) -> None:

@@ -59,7 +59,6 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=True,
         )
-
         self.block_tokens = config.block_tokens  # halved when memory runs out
         self._speed: Tensor | None = None  # of each weight's update, where A and B differ
         if config.lora_plus_ratio != 1.0:
