@@ -93,7 +93,8 @@ def test_train_then_infer_leave_complete_runs(tiny_llama_dir, corpus, tmp_path, 
     assert set(wanted) <= set(metrics)
     assert {"tokens_per_s", "batch_latency_p50_ms", "batch_latency_p95_ms", "request_throughput", "output_throughput"} <= set(metrics)
     assert list(completions(output)) == [str(i) for i in range(12)]
-    assert "output tokens/s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "12 completed, 0 failed of 12 (24 measured)" in said and "ms over 2 repetitions" in said and "output tokens/s" in said
 
 
 @pytest.mark.parametrize("command", [["src/train_lora.py"], ["src/infer_batch.py"], ["-m", "lorabatch"]], ids=["train", "infer", "module"])
@@ -300,7 +301,7 @@ def test_a_torn_run_resumes_to_the_same_completions(tiny_llama_dir, corpus, tmp_
     assert main(infer_flags(tiny_llama_dir, corpus, tmp_path / "torn", "--resume")) == 0
     assert without_times(tmp_path / "torn") == without_times(tmp_path / "whole")
     assert len(path.read_text(encoding="utf-8").splitlines()) == len(TEXTS)
-    capsys.readouterr()
+    assert f"{len(TEXTS)} completed, 0 failed of {len(TEXTS)} (" in capsys.readouterr().out, "all of the run; fewer were measured"
     assert main(infer_flags(tiny_llama_dir, corpus, tmp_path / "torn", "--resume", "--temperature", "0.5")) == 64
     assert "another prompt, parameters" in capsys.readouterr().err
 

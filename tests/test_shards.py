@@ -96,8 +96,9 @@ def test_a_prompt_that_kills_its_process_is_in_quarantine_once_however_many_comp
 
     monkeypatch.setattr(shards, "run_child", run_child)
     (tmp_path / "prompts.jsonl").write_text('{"id": "p0", "prompt": "fever"}\n{"id": "p1", "prompt": "cough"}\n')
-    assert main([*words, "--n", "2", "--output_dir", str(tmp_path / "out"), "--shards", "1"]) == 0
+    assert main([*words, "--n", "2", "--adapter_dir", "none", "--output_dir", str(tmp_path / "out"), "--shards", "1"]) == 0
     assert json.loads((tmp_path / "out/metrics.json").read_text())["quarantined"] == ["p0"]
+    assert '"adapter": "none"' not in (tmp_path / "out/completions.jsonl").read_text()
     assert [(r[0], bool(r[5])) for r in completions(tmp_path / "out")] == [("p0", True), ("p0", True), ("p1", False), ("p1", False)]
 
 

@@ -31,7 +31,7 @@ from lorabatch.cluster.claims import DONE, Claim, died, is_done, owners, work_th
 from lorabatch.cluster.crew import share_cores, watched
 from lorabatch.config import InferConfig
 from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UsageError
-from lorabatch.infer.adapters import files_sha256
+from lorabatch.infer.adapters import files_sha256, merged_adapter
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import completion_record
 from lorabatch.infer.run import default_output_dir
@@ -126,8 +126,8 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
 
 
 def _adapter_folders(config: InferConfig, prompts: PromptFile) -> dict[str, Path]:
-    alone = {"--adapter_dir": Path(config.adapter_dir)} if config.adapter_dir else {}
-    return alone | prompts.adapters.folders
+    merged = merged_adapter(config)
+    return ({} if merged is None else {"--adapter_dir": merged}) | prompts.adapters.folders
 
 
 class _Shard:
@@ -209,12 +209,14 @@ class _Shard:
         path = folder / "completions.jsonl"
         earlier = self._finished_earlier(index, index + 1)
         config = replace(self._config, rows=f"{index}:{index + 1}")
+        merged = merged_adapter(config)
         owed = [r for r in PromptFile(Path(config.prompts), config) if r.sample not in {e["sample"] for e in earlier}]
         with path.open("w", encoding="utf-8") as file:
             file.writelines(dumps(record) + "\n" for record in earlier)
             for request in owed:
                 request.error = QUARANTINE.format(reason=reason)
-                file.write(dumps(completion_record(request, None, key=NO_KEY, adapter=config.adapter_dir)) + "\n")
+                record = completion_record(request, None, key=NO_KEY, adapter=None if merged is None else str(merged))
+                file.write(dumps(record) + "\n")
         self._quarantined += [request.id for request in owed[:1]]  # of the prompt: once, however many it owes
         self._files.append(path)
         if len(self._quarantined) > 1 and not self._finished_earlier(0, sys.maxsize):

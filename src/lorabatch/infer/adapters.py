@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorabatch import hub
+from lorabatch.config import InferConfig
 from lorabatch.errors import DataError, UsageError, nearest
 
 
@@ -42,6 +43,11 @@ class AdapterNames:
         if name not in self.folders:
             raise DataError(f"unknown adapter '{name}' ({nearest(name, self.folders) if self.folders else 'no --adapters were given'})")
         return list(self.folders).index(name)
+
+
+def merged_adapter(config: InferConfig) -> Path | None:
+    """Folder of ``--adapter_dir``; None for the base model, which ``none`` asks for too."""
+    return Path(config.adapter_dir) if config.adapter_dir and config.adapter_dir != "none" else None
 
 
 def files_sha256(folder: Path) -> str:

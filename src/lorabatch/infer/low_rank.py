@@ -56,9 +56,8 @@ class GroupedProduct:
     def __init__(self, base: Product, layer: FrozenLinear, adapters: Sequence[LoraWeights], groups: RowGroups, like: Tensor) -> None:
         """like: a tensor of the decoder's type and device."""
         self.base, self._groups = base, groups
-        kind = (
-            Prepacked if like.device.type == "cpu" and can_prepack(like.dtype) else Dense
-        )  # their rows do not depend on how many there are
+        # Either's rows do not depend on how many there are.
+        kind = Prepacked if like.device.type == "cpu" and can_prepack(like.dtype) else Dense
         self._updates: list[list[tuple[slice, Product, Product]]] = []  # of each adapter: the part's columns, A and B with the scale
         for adapter in adapters:
             self._updates.append([])

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lorabatch.infer.engine import PassStats
 from lorabatch.infer.requests import Request
-from lorabatch.measure.statistics import PERCENTILES, percentile, rate
+from lorabatch.measure.statistics import percentile, rate, summary
 from lorabatch.measure.system import peak_memory_bytes
 from lorabatch.model.load import Model
 from lorabatch.model.native import NativeModel
@@ -51,16 +52,8 @@ class Latencies:
 Pass = tuple[PassStats, Latencies]
 
 
-def summary(name: str, arrays: Sequence[array[float]], *, scale: float = 1.0) -> dict[str, float | None]:
-    """As ``measure.statistics.summary``, over pooled arrays of any length without a Python object per sample."""
-    values = np.concatenate([np.asarray(a, dtype=np.float32) for a in arrays]) if arrays else np.empty(0, np.float32)
-    names = [f"{kind}_{name}" for kind in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
-    if not len(values):
-        return dict.fromkeys(names)
-    deviation = float(values.std(ddof=1, dtype=np.float64)) if len(values) > 1 else None
-    middle, *tail = np.percentile(values, (50, *PERCENTILES)).tolist()
-    figures = [float(values.mean(dtype=np.float64)), middle, deviation, *tail]
-    return {n: None if v is None else v * scale for n, v in zip(names, figures, strict=True)}
+def _pooled(arrays: Sequence[array[float]]) -> NDArray[np.float32]:
+    return np.concatenate([np.empty(0, np.float32), *(np.asarray(a, np.float32) for a in arrays)])
 
 
 def metrics(
@@ -102,11 +95,11 @@ def metrics(
         "total_token_throughput": rate(total_in + total_out, duration),
         "tokens_per_s": rate(total_out, duration),
         "tokens_per_s_including_startup": rate(total_out, duration + sum(startup_s.values())),
-        **summary("queue_ms", [x.queue_ms for x in latencies]),
-        **summary("ttft_ms", [x.ttft_ms for x in latencies]),
-        **summary("tpot_ms", [x.tpot_ms for x in latencies]),
-        **summary("itl_ms", [s.gaps_s for s in stats], scale=1e3),
-        **summary("e2el_ms", [x.e2el_ms for x in latencies]),
+        **summary("queue_ms", _pooled([x.queue_ms for x in latencies])),
+        **summary("ttft_ms", _pooled([x.ttft_ms for x in latencies])),
+        **summary("tpot_ms", _pooled([x.tpot_ms for x in latencies])),
+        **summary("itl_ms", _pooled([s.gaps_s for s in stats]) * np.float32(1e3)),
+        **summary("e2el_ms", _pooled([x.e2el_ms for x in latencies])),
         "batch_latency_p50_ms": percentile(batch_ms, 50),
         "batch_latency_p95_ms": percentile(batch_ms, 95),
         "max_running": num_slots,
@@ -148,22 +141,21 @@ def _ceilings(stats: Sequence[PassStats], model: Model, quantize: str, adapter_b
     }
 
 
-def print_table(figures: Mapping[str, Any], path: Path, *, failed: int, total: int) -> None:
+def print_table(figures: Mapping[str, Any], path: Path, *, completed: int, total: int) -> None:
+    """``completed``: of all ``total`` requests of the run, however many of them this process measured, and how often."""
+
     def shown(name: str, form: str = "{:.1f}") -> str:
         return "not measured" if figures[name] is None else form.format(figures[name])
 
+    measured = f" ({figures['completed']} measured)" if figures["completed"] != completed else ""
+    whole = f"{shown('tokens_per_s_including_startup', '{:.0f}')} with {figures['startup_s']:.1f} s of start-up"
+    batches = f"{shown('batch_latency_p50_ms')} / {shown('batch_latency_p95_ms')} ms"
     rows = [
-        ("requests", f"{figures['completed']} completed, {failed} failed of {total}"),
-        (
-            "output tokens/s",
-            f"{shown('tokens_per_s', '{:.0f}')}  ({shown('tokens_per_s_including_startup', '{:.0f}')} with {figures['startup_s']:.1f} s of start-up)",
-        ),
+        ("requests", f"{completed} completed, {figures['failed']} failed of {total}{measured}"),
+        ("output tokens/s", f"{shown('tokens_per_s', '{:.0f}')}  ({whole})"),
         ("time to first token p50 / p95", f"{shown('p50_ttft_ms')} / {shown('p95_ttft_ms')} ms (queue included)"),
         ("time per output token p50 / p95", f"{shown('p50_tpot_ms')} / {shown('p95_tpot_ms')} ms"),
-        (
-            "batch latency p50 / p95",
-            f"{shown('batch_latency_p50_ms')} / {shown('batch_latency_p95_ms')} ms over {figures['iterations']} repetitions",
-        ),
+        ("batch latency p50 / p95", f"{batches} over {figures['iterations']} repetition{'s' if figures['iterations'] > 1 else ''}"),
         ("peak memory", f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB"),
     ]
     width = max(len(name) for name, _ in rows)

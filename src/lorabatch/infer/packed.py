@@ -57,7 +57,7 @@ def _whole(count: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class LowRankBank:
-    """The adapters of one part of a layer, one behind the other: packed A [adapters * rank, I] and B [adapters * O, rank] in whole panels, the scale in B."""
+    """The adapters of one part of a layer, one behind the other, in whole panels: A [adapters * rank, I], B [adapters * O, rank] with the scale."""
 
     a: Tensor
     b: Tensor

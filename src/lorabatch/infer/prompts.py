@@ -24,20 +24,8 @@ from lorabatch.infer import openai_batch
 from lorabatch.infer.adapters import AdapterNames
 from lorabatch.infer.requests import Request, SamplingParams
 
-PARAM_TYPES: dict[str, type] = {
-    "max_new_tokens": int,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-    "ignore_eos": bool,
-    "logprobs": int,
-    "n": int,
-}
+KINDS = {"int": int, "int | None": int, "float": float, "bool": bool}
+PARAM_TYPES = {f.name: KINDS[str(f.type)] for f in fields(SamplingParams) if str(f.type) in KINDS}
 LIST_TYPES: dict[str, type] = {"stop": str, "stop_token_ids": int}
 ROW_FIELDS = ("id", "prompt", "question", "messages", "adapter", *PARAM_TYPES, *LIST_TYPES)
 

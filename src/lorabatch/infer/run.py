@@ -14,7 +14,7 @@ import numpy as np
 from lorabatch import hub
 from lorabatch.config import InferConfig
 from lorabatch.errors import DataError, InterruptedRun, UnavailableError, UsageError
-from lorabatch.infer.adapters import files_sha256
+from lorabatch.infer.adapters import files_sha256, merged_adapter
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import Request, completion_record
 from lorabatch.measure.environment import environment, gpu_description
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def default_output_dir(config: InferConfig) -> Path:
-    model = Path(config.adapter_dir or config.base_model).name.removesuffix(".gguf")
+    model = (merged_adapter(config) or Path(config.base_model)).name.removesuffix(".gguf")
     return Path("results") / f"infer-{model}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
@@ -46,7 +46,7 @@ def run_inference(config: InferConfig, command: list[str]) -> int:
     phases.end("check")
     if prompts.ignored:
         print(f"ignored fields of the prompts: {', '.join(sorted(prompts.ignored))}")
-    adapter_dir = Path(config.adapter_dir) if config.adapter_dir and config.adapter_dir != "none" else None
+    adapter_dir = merged_adapter(config)
     if adapter_dir is not None and config.adapters:
         raise UsageError("one adapter for all or one for each request, not both", where="--adapter_dir --adapters", fix="leave one out")
     if adapter_dir is not None and not adapter_dir.is_dir():
@@ -65,7 +65,7 @@ def run_inference(config: InferConfig, command: list[str]) -> int:
     )
     try:
         with StopSignals() as signals:
-            failed, total = _infer(run, config, source, adapter_dir, prompts, phases, signals)
+            failed, total = _infer(run, config, source, prompts, phases, signals)
             if signals.received:
                 raise InterruptedRun(
                     f"stopped by {signals.received.name}; finished requests are saved",
@@ -96,7 +96,7 @@ class _Loaded:
     limit: int  # positions of prompt and completion together
 
 
-def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_dir: Path | None, names: AdapterNames) -> _Loaded:
+def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> _Loaded:
     from lorabatch.infer.runner import load_for_runner, programmed
     from lorabatch.model import load
     from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
@@ -117,6 +117,7 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, adapter_
             source, model_config, backend=config.backend, dtype=dtype, device=device, quantize=config.quantize, adapter_dir=folder
         )
 
+    adapter_dir = merged_adapter(config)
     model = load_merged(adapter_dir)
     kernels = isinstance(model, NativeModel) and programmed(model.spec, dtype, device, quantize=config.quantize)
     bank, digests = _read_adapters(model, names, apart=apart)
@@ -161,7 +162,8 @@ def _read_adapters(model: Any, names: AdapterNames, *, apart: bool) -> tuple[tup
 
 def _adapter_words(merged: str | None, names: AdapterNames, bank_bytes: int) -> str:
     if names.folders:
-        return f"{len(names.folders)} adapters, {f'unmerged ({bank_bytes / 1e6:.0f} MB), chosen by each request' if bank_bytes else 'merged in turn'}"
+        way = f"unmerged ({bank_bytes / 1e6:.0f} MB), chosen by each request" if bank_bytes else "merged in turn"
+        return f"{len(names.folders)} adapters, {way}"
     return f"adapter {merged} merged" if merged else "no adapter"
 
 
@@ -169,7 +171,6 @@ def _infer(
     run: RunFolder,
     config: InferConfig,
     source: hub.ModelSource,
-    adapter_dir: Path | None,
     prompts: PromptFile,
     phases: Phases,
     signals: StopSignals,
@@ -178,7 +179,7 @@ def _infer(
     with SystemSampler(run.path / "system.jsonl") as sampler:
         from lorabatch.infer import metrics, sink
 
-        loaded = _load(run, config, source, adapter_dir, prompts.adapters)
+        loaded = _load(run, config, source, prompts.adapters)
         phases.end("load")
         completions = run.path / "completions.jsonl"
         done, failed = sink.finished_earlier(completions, prompts, loaded.work_key)
@@ -213,7 +214,7 @@ def _infer(
         adapter_bytes=loaded.bank_bytes / max(1, len(loaded.bank)),
     )
     write_json(run.path / "metrics.json", figures | sampler.summary())
-    metrics.print_table(figures, run.path, failed=work.failed, total=len(prompts))
+    metrics.print_table(figures, run.path, completed=work.completed, total=len(prompts))
     return work.failed, len(prompts)
 
 
@@ -234,7 +235,7 @@ class _Work:
 
     def __init__(self, prompts: PromptFile, loaded: _Loaded, config: InferConfig, done: bytearray, failed: int, file: JsonlWriter) -> None:
         self._prompts, self._loaded, self._config, self._done, self._file = prompts, loaded, config, done, file
-        self.failed, self.num_slots = failed, 1
+        self.completed, self.failed, self.num_slots = sum(done) - failed, failed, 1
         left = len(prompts) - sum(done)
         self.progress = Progress(sum(done) + left * config.iters, unit="request", description="infer", done=sum(done))
 
@@ -246,7 +247,16 @@ class _Work:
         loaded, config, left = self._loaded, self._config, len(mask) - sum(mask)
         feed = self.feed(mask, record=True)
         capacity = feed.likely_capacity()
-        session = Session(model, loaded.tokenizer, loaded.eos_ids, config, num_requests=left, capacity=capacity, bank=loaded.bank)
+        session = Session(
+            model,
+            loaded.tokenizer,
+            loaded.eos_ids,
+            config,
+            num_requests=left,
+            capacity=capacity,
+            bank=loaded.bank,
+            bank_bytes=loaded.bank_bytes,
+        )
         phases.end("tokenise")
         session.prepare()
         phases.end("pack")
@@ -283,6 +293,7 @@ class _Work:
         def on_finish(request: Request) -> None:
             latencies.add(request)
             if record:
+                self.completed += 1
                 self._write(request)
             running = min(feed.num_out, session.num_slots)
             self.progress.update(

@@ -39,10 +39,11 @@ class Session:
         *,
         num_requests: int,
         capacity: int,
-        bank: Sequence[LoraWeights] = (),
+        bank: Sequence[LoraWeights],
+        bank_bytes: int,
     ) -> None:
         self._model, self._tokenizer, self._eos_ids, self._config = model, tokenizer, eos_ids, config
-        self._bank = bank
+        self._bank, self._bank_bytes = bank, bank_bytes
         self.num_slots, self.capacity = max(1, min(config.batch_size, num_requests)), capacity
         if config.deterministic:
             self._make_deterministic()
@@ -119,14 +120,11 @@ class Session:
             runner = model.runner(num_slots=self.num_slots, capacity=self.capacity)
         else:
             slot_bytes = self.capacity * model.spec.kv_elements_per_token * model.decoder.embedding.element_size()
-            bank_bytes = sum(w.num_params for w in self._bank) * model.decoder.embedding.element_size()
-            fitting = int(KV_SHARE * (free_bytes(model.decoder.device) - bank_bytes)) // slot_bytes
-            if fitting < 1 and bank_bytes:
-                raise UnavailableError(
-                    f"{len(self._bank)} adapters take {bank_bytes / 1e9:.1f} GB and {free_bytes(model.decoder.device) / 1e9:.1f} GB are free",
-                    where="--adapters",
-                    fix="give fewer, or --adapter_mode merge, which holds one at a time",
-                )
+            free = free_bytes(model.decoder.device)
+            fitting = int(KV_SHARE * (free - self._bank_bytes)) // slot_bytes
+            if fitting < 1 and self._bank:
+                what = f"{len(self._bank)} adapters take {self._bank_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+                raise UnavailableError(what, where="--adapters", fix="give fewer, or --adapter_mode merge, which holds one at a time")
             if fitting < self.num_slots:
                 self.num_slots = max(1, fitting)
                 print(f"the KV cache of that many requests does not fit in memory: {self.num_slots} at once", file=sys.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 PERCENTILES = (50, 90, 95, 99)
 
 
@@ -32,10 +34,14 @@ def standard_deviation(values: Sequence[float]) -> float | None:
 
 
 def summary(name: str, values: Iterable[float]) -> dict[str, float | None]:
-    """``{mean,median,std,p50,p90,p95,p99}_<name>`` of the samples; ``name`` ends with the unit."""
-    values = list(values)
-    figures = {f"mean_{name}": mean(values), f"median_{name}": percentile(values, 50), f"std_{name}": standard_deviation(values)}
-    return figures | {f"p{p}_{name}": percentile(values, p) for p in PERCENTILES}
+    """``{mean,median,std,p50,p90,p95,p99}_<name>`` of the samples; ``name`` ends with the unit. An array is not taken apart."""
+    samples = values if isinstance(values, np.ndarray) else np.fromiter(values, np.float64)
+    names = [f"{kind}_{name}" for kind in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
+    if not len(samples):
+        return dict.fromkeys(names)
+    deviation = float(samples.std(ddof=1, dtype=np.float64)) if len(samples) > 1 else None
+    middle, *tail = np.percentile(samples, (50, *PERCENTILES)).tolist()
+    return dict(zip(names, [float(samples.mean(dtype=np.float64)), middle, deviation, *tail], strict=True))
 
 
 def rate(count: float, seconds: float) -> float | None:
