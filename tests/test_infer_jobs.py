@@ -95,11 +95,14 @@ def test_samples_stop_ids_and_bad_characters(tiny_llama_dir, tmp_path):
         {"id": "half", "prompt": "\ud800 fever"},
         {"id": "list", "prompt": "x", "stop_token_ids": ["a"]},
         {"id": "many", "prompt": "x", "n": 0},
+        {"id": None, "prompt": "x"},
+        {"id": None, "prompt": "y"},
     ]
     prompts = write_rows(tmp_path / "p.jsonl", rows)
     assert main(flags(tiny_llama_dir, prompts, tmp_path / "a", "--max_new_tokens", 9, "--ignore_eos", "--logprobs", 0)) == 0
     found = texts(tmp_path / "a")
-    assert len({found["sampled", i][0] for i in range(3)}) == 3 and len(found) == 7
+    assert len({found["sampled", i][0] for i in range(3)}) == 3 and len(found) == 9
+    assert {("5", 0), ("6", 0)} <= found.keys(), "without an id, its place"
     assert "surrogate" in found["half", 0][3] and "stop_token_ids" in found["list", 0][3] and "--n 0" in found["many", 0][3]
     record = next(r for r in read_jsonl(tmp_path / "a" / "completions.jsonl") if r["id"] == "greedy")
     tokens = [entry["token"] for entry in record["logprobs"]]

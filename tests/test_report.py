@@ -377,6 +377,7 @@ def test_the_command_as_a_shell_reads_it(runs):
         (0.0351, "share", "3.5%", "3,5%"),
         (1536 * 2**20, "bytes", "1.50 GiB", "1,50 GiB"),
         (512, "bytes/s", "512 B/s", "512 B/s"),
+        (1e9, "flop/s", "1.00 Gflop/s", "1,00 Gflop/s"),
         (13.5, "steps/min", "13.5 steps/min", "13,5 passos/min"),
         (1.23456789, "bits/byte", "1.2346 bits/byte", "1,2346 bits/byte"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +11,8 @@ from pathlib import Path
 
 from lorabatch.cluster.claims import is_done
 from lorabatch.errors import UsageError
-from lorabatch.progress import Progress
+from lorabatch.progress import LOG_EVERY_S, Progress
 
-LOOK_EVERY_S = 1.0
 SYSTEM = Path("/sys/devices/system")
 
 
@@ -65,9 +65,10 @@ def watched(shards: Sequence[Path], sizes: Sequence[int]) -> Iterator[None]:
         return size if is_done(shard) else min(size, max(map(lines, shard.glob("output-*/*/completions.jsonl")), default=0))
 
     def look() -> None:
+        every_s = 1.0 if sys.stderr.isatty() else LOG_EVERY_S  # every look is work for a parallel file system
         done = sum(map(written, shards, sizes))
         progress = Progress(sum(sizes), unit="request", description="infer", done=done)
-        while not ended.wait(LOOK_EVERY_S):
+        while not ended.wait(every_s):
             now = max(done, sum(map(written, shards, sizes)))
             progress.update(now - done)
             done = now

@@ -166,8 +166,8 @@ def _memory(_: DoctorConfig) -> Iterator[Finding]:
 
 
 def _disk(config: DoctorConfig) -> Iterator[Finding]:
-    cache = hub.cache_folders()[0][1]
-    for name, folder, writes in (("output", Path(config.output_dir), True), ("cache", cache, False), ("temporary", _temporary(), True)):
+    cache, temporary = hub.cache_folders()[0][1], Path(os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+    for name, folder, writes in (("output", Path(config.output_dir), True), ("cache", cache, False), ("temporary", temporary, True)):
         there = folder
         while not there.exists():
             there = there.parent
@@ -182,10 +182,6 @@ def _disk(config: DoctorConfig) -> Iterator[Finding]:
             yield Finding("disk", "FAIL", text, "remove small files: the file system takes no more of them")
         else:
             yield Finding("disk", "ok", text)
-
-
-def _temporary() -> Path:
-    return Path(os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
 
 
 def _writable(folder: Path) -> bool:

@@ -244,12 +244,9 @@ def leaderboard(trials: Sequence[Mapping[str, Any]], done: Sequence[Mapping[str,
 
 def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean, and half the width of its 95 % interval; None for what so few values do not have."""
-    spread = standard_deviation(values)
-    return mean(values), None if spread is None else _student_t(len(values) - 1) * spread / math.sqrt(len(values))
-
-
-def _student_t(freedom: int) -> float:
-    return STUDENT_T[freedom - 1] if freedom <= len(STUDENT_T) else NORMAL
+    spread, freedom = standard_deviation(values), len(values) - 1
+    quantile = STUDENT_T[freedom - 1] if freedom <= len(STUDENT_T) else NORMAL
+    return mean(values), None if spread is None else quantile * spread / math.sqrt(len(values))
 
 
 def as_markdown(board: Mapping[str, Any]) -> str:

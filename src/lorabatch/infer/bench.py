@@ -36,24 +36,24 @@ def run_bench_infer(config: BenchInferConfig, command: list[str]) -> int:
     if config.input_tokens + config.max_new_tokens > model.max_positions:
         raise UsageError(f"the model has {model.max_positions} positions", where="--input_tokens", fix="give fewer tokens")
     points = bench.points(_one_batch(model, tokenizer, config, most=bench.sizes[-1]))
+    width = element_bytes(config.quantize, dtype.itemsize)
+
+    def rates(threads: int) -> tuple[float, float]:
+        torch.set_num_threads(threads)
+        return _flops_per_s(config, dtype, device), measured_bytes_per_s(device)
+
     for point in points:
-        torch.set_num_threads(point.get("threads", bench.threads))
-        rates = _flops_per_s(config, dtype, device), measured_bytes_per_s(device)
-        size = point.get("batch_size", config.batch_sizes[0])
-        least_s, bound = ceiling_seconds(
-            model.spec, size, config.input_tokens, config.max_new_tokens, rates, element_bytes(config.quantize, dtype.itemsize)
-        )
+        size, measured = point.get("batch_size", config.batch_sizes[0]), rates(point.get("threads", bench.threads))
+        least_s, bound = ceiling_seconds(model.spec, size, config.input_tokens, config.max_new_tokens, measured, width)
         ceiling = size * config.max_new_tokens / least_s
         point |= {"ceiling_tokens_per_s": ceiling, "share_of_ceiling": (point["tokens_per_s"]["median"] or 0) / ceiling, "bound": bound}
-    torch.set_num_threads(bench.threads)
-    ceilings = {"flops_per_s": _flops_per_s(config, dtype, device), "bytes_per_s": measured_bytes_per_s(device)}
+    flops_per_s, bytes_per_s = rates(bench.threads)
     precision = TYPE_NAMES[dtype] if config.quantize == "none" else f"{config.quantize} weights, {TYPE_NAMES[dtype]} cache"
     print(
         f"{bench.source.name}, {precision} on {device}, {bench.threads} threads; prompts of {config.input_tokens} tokens, "
-        f"{config.max_new_tokens} new ones; measured here: "
-        f"{ceilings['flops_per_s'] / 1e9:.0f} Gflop/s, {ceilings['bytes_per_s'] / 1e9:.1f} GB/s\n"
+        f"{config.max_new_tokens} new ones; measured here: {flops_per_s / 1e9:.0f} Gflop/s, {bytes_per_s / 1e9:.1f} GB/s\n"
     )
-    return bench.finish("bench infer", points, command, **ceilings)
+    return bench.finish("bench infer", points, command, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s)
 
 
 def _flops_per_s(config: BenchInferConfig, dtype: torch.dtype, device: torch.device) -> float:

@@ -90,7 +90,7 @@ class PromptFile:
         return replace(self._defaults, seed=self._defaults.seed + index)
 
     def _from_row(self, row: Mapping[str, Any], index: int, where: str) -> Request:
-        id = str(row.get("id", index)).encode(errors="replace").decode()
+        id = str(index if row.get("id") is None else row["id"]).encode(errors="replace").decode()
         request = Request(id, index, "", self._params(index), error=row.get("error"))
         name = next((n for n in ("prompt", "question", "messages") if n in row), None)
         if name is None and request.error is None:

@@ -20,7 +20,7 @@ from lorabatch.infer.requests import Request, completion_record
 from lorabatch.measure.environment import environment, gpu_description
 from lorabatch.measure.system import SystemSampler
 from lorabatch.progress import Phases, Progress
-from lorabatch.records import JsonlWriter, RunFolder, write_json
+from lorabatch.records import JsonlWriter, RunFolder, replacing, write_json
 from lorabatch.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -195,7 +195,8 @@ def _infer(
                     break
             work.progress.close()
     if config.output_order == "input":
-        sink.sort_file(completions)
+        with replacing(completions) as sorted_file:
+            sorted_file.writelines(sink.lines_in_input_order(completions))
     if config.output_format == "openai":
         sink.write_openai_file(
             run.path / "batch_output.jsonl", completions, model=source.name, created=int(time.time()), adapters=prompts.adapters.folders

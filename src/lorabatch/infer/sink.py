@@ -61,11 +61,6 @@ def lines_in_input_order(path: Path) -> Iterator[bytes]:
             yield file.readline()
 
 
-def sort_file(path: Path) -> None:
-    with replacing(path) as file:
-        file.writelines(lines_in_input_order(path))
-
-
 def write_openai_file(path: Path, completions: Path, *, model: str, created: int, adapters: Container[str] = ()) -> None:
     """One line of OpenAI's batch output per prompt, in input order."""
     records: Iterator[dict[str, Any]] = map(json.loads, lines_in_input_order(completions))

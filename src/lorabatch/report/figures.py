@@ -104,7 +104,7 @@ def _loss_plot(words: Words, runs: Sequence[TrainRun]) -> Plot:
             loss.plot(*_thinned(steps, [s.loss for s in run.steps]), label=words("line_train", run=run.label), alpha=0.75, **line)
             if run.evals:
                 points = [e.step for e in run.evals], [e.eval_loss for e in run.evals]
-                loss.plot(*points, marker="D", linestyle="none", color=line["color"], label=words("line_eval", run=run.label))
+                loss.plot(*points, marker="D", linestyle="none", color=line["color"], label=words("val_part", run=run.label))
             rate.plot(*_thinned(steps, [s.lr for s in run.steps]), **line)
         loss.set_ylabel(words("axis_loss"))
         rate.set_ylabel(words("axis_lr"))

@@ -326,5 +326,4 @@ TEXT: dict[str, tuple[str, str]] = MEASURE | {
     "axis_gpu_memory": ("GPU mem. (GiB)", "mem. GPU (GiB)"),
     "axis_power": ("GPU power (W)", "potência GPU (W)"),
     "line_train": ("{run}, training", "{run}, treino"),
-    "line_eval": ("{run}, validation", "{run}, validação"),
 }

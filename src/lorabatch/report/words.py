@@ -50,5 +50,5 @@ class Words:
 
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> tuple[float, str]:
-    power = min(int(math.log(value, base)), len(units) - 1) if value >= 1 else 0
+    power = sum(value >= base**p for p in range(1, len(units)))
     return value / base**power, units[power]
