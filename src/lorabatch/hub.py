@@ -71,12 +71,8 @@ def cache_folders() -> list[tuple[str, Path]]:
 
 def converted_folder() -> Path:
     """Where converted GGUF models are kept: beside the hub cache, because on clusters that is the big disk."""
-    explicit = os.environ.get("LORABATCH_CACHE")
-    if explicit:
-        return Path(explicit).expanduser()
-    if os.environ.get("HF_HOME"):
-        return Path(os.environ["HF_HOME"]).expanduser() / "lorabatch"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorabatch"
+    beside = Path(os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(os.environ.get("LORABATCH_CACHE") or beside / "lorabatch").expanduser()
 
 
 def find_model(name: str, *, revision: str | None = None, download: bool = True) -> ModelSource:
