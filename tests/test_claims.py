@@ -1,10 +1,13 @@
 """Claims without locks: exactly one owner, takeover from the dead and the silent, nothing taken from the living."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+
+import pytest
 
 from lorabatch.cluster.claims import died, is_done, owners, try_claim, work_through
 
@@ -69,6 +72,16 @@ def test_a_silent_process_is_taken_over_and_when_it_wakes_nothing_breaks(tmp_pat
     finally:
         worker.kill()
         worker.wait()
+
+
+@pytest.mark.parametrize(("age_s", "free"), [(50, False), (70, True)])
+def test_on_another_host_the_age_of_the_heartbeat_alone_decides(age_s, free, tmp_path):
+    path = try_claim(tmp_path / "0", timeout_s=60).path
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "elsewhere"}))
+    os.utime(path, (time.time() - age_s,) * 2)
+    claim = try_claim(tmp_path / "0", timeout_s=60)
+    assert (claim is not None) == free
+    assert claim is None or claim.generation == 1
 
 
 def test_the_heartbeat_keeps_a_long_claim_and_outlives_a_failing_file_system(tmp_path, monkeypatch):

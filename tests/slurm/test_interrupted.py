@@ -89,7 +89,10 @@ def test_a_killed_rank_ends_the_job_within_a_minute(cluster, experiment, slow_en
 
 def test_the_time_limit_saves_requeues_and_ends_with_the_same_adapter(cluster, experiment, timed_job):
     events = cluster.project / "results/timed/events.jsonl"
-    steps = lambda: events.read_text().count('"event": "step"') if events.exists() else 0  # noqa: E731
+
+    def steps():
+        return events.read_text().count('"event": "step"') if events.exists() else 0
+
     cluster.until(lambda: steps() and "is requeued" in cluster.logs(timed_job).rpartition("train begins")[2], "the requeue")
     assert "got SIGUSR1" in cluster.logs(timed_job) and steps() < STEPS, cluster.logs(timed_job)
     cluster.run("scontrol", "update", f"JobId={timed_job}", "TimeLimit=20")  # once is enough

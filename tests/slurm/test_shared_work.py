@@ -43,7 +43,10 @@ def test_a_pipeline_outlives_a_killed_array_task_and_a_poison_prompt(cluster, ex
     assert done.returncode == 0, done.stderr
     jobs = json.loads((run / "jobs.json").read_text())["jobs"]
     assert list(jobs) == ["train", "infer", "merge", "report"] and all(f"job {job}" in done.stdout for job in jobs.values())
-    claims = lambda: [json.loads(p.read_text() or "{}") for p in (run / "infer/shards").glob("*/claim-000")]  # noqa: E731
+
+    def claims():
+        return [json.loads(p.read_text() or "{}") for p in (run / "infer/shards").glob("*/claim-000")]
+
     cluster.until(lambda: any(c.get("pid") for c in claims()), "a claim")
     during = cluster.lorabatch("status", run)
     assert during.returncode == 0 and f"train   job {jobs['train']}: COMPLETED\n" in during.stdout and "RUNNING" in during.stdout
