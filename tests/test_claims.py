@@ -74,6 +74,14 @@ def test_a_silent_process_is_taken_over_and_when_it_wakes_nothing_breaks(tmp_pat
         worker.wait()
 
 
+def test_who_looked_before_the_claim_was_made_does_not_get_it_too(tmp_path, monkeypatch):
+    claim = try_claim(tmp_path / "0", timeout_s=60)
+    written = claim.path.read_text()
+    monkeypatch.setattr("lorabatch.cluster.claims._latest", lambda folder: -1)  # as the slower of two saw it
+    assert try_claim(tmp_path / "0", timeout_s=60) is None
+    assert claim.path.read_text() == written
+
+
 @pytest.mark.parametrize(("age_s", "free"), [(50, False), (70, True)])
 def test_on_another_host_the_age_of_the_heartbeat_alone_decides(age_s, free, tmp_path):
     path = try_claim(tmp_path / "0", timeout_s=60).path
