@@ -42,7 +42,7 @@ def test_packing_by_hand():
     assert pack([5, 3, 4, 2], 7) == [[0, 3], [2, 1]]
     assert pack([7, 7], 7) == [[0], [1]]
     assert pack([9, 1, 6], 7) == [[0], [2, 1]]  # 9 does not fit anywhere and stays alone
-    assert pack([6, 5, 2, 1], 7) == [[0, 3], [1, 2]]  # best fit: each goes where it leaves least room
+    assert pack([4, 5, 2], 7) == [[1, 2], [0]]  # best fit: what fits two blocks goes where it leaves least room
     assert pack([3, 3, 3], 6) == [[0, 1], [2]]  # ties keep their order
 
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from lorabatch.infer.requests import Request, SamplingParams
-from lorabatch.infer.sampling import FIRST_WIDTH, choose, draw, penalised, sample, uniform
+from lorabatch.infer.sampling import FIRST_WIDTH, choose, draw, filtered, penalised, sample, uniform
 
 GRID = 4000  # equally spaced draws of one row: what comes out is its distribution, to within 1 / GRID per token
 
@@ -60,6 +60,13 @@ def test_filters_that_keep_more_than_the_first_candidates(filters):
     params = SamplingParams(temperature=1.0, **filters)
     assert (transformers_distribution(logits, params) > 0).sum() > FIRST_WIDTH
     assert_same_distribution(logits, params)
+
+
+def test_bounds_are_met_by_what_equals_them():
+    """Four equal tokens, exactly a quarter each: two of them reach top-p 0.5, all of them are as likely as the likeliest."""
+    for params, kept in (({"top_p": 0.5}, 2), ({"top_p": 0.51}, 3), ({"min_p": 1.0}, 4)):
+        probabilities, _, _ = filtered(torch.zeros(1, 4), [SamplingParams(temperature=1.0, **params)], 4)
+        assert int((probabilities > 0).sum()) == kept
 
 
 def test_penalties():

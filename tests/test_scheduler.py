@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabatch.infer.requests import Request, SamplingParams
-from lorabatch.infer.scheduler import MIN_SHARED, Scheduler, common_length
+from lorabatch.infer.scheduler import MIN_SHARED, Copy, Scheduler, common_length
 from lorabatch.infer.speculation import Lookup
 
 SYSTEM = list(range(100, 100 + MIN_SHARED))
@@ -63,6 +63,13 @@ def test_every_request_runs_to_its_end_in_dense_slots(shapes, max_running, budge
     assert sorted(r.index for r in finished) == list(range(len(requests)))
     assert all(len(r.output_ids) == r.max_new_tokens for r in requests)
     assert steps <= sum(len(r.token_ids) + r.max_new_tokens for r in requests)
+
+
+def test_who_leaves_is_not_moved_first():
+    requests = [make(i, (0, 3, 1)) for i in range(4)]
+    scheduler = Scheduler(requests, max_running=4, prefill_tokens=100)
+    scheduler.next_batch()
+    assert scheduler.release([requests[0], requests[3]]) == [Copy(2, 0, 3)]
 
 
 def test_samples_of_one_prompt_read_it_once():
