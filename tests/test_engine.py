@@ -8,9 +8,10 @@ import torch
 from helpers import EOS_ID, native, random_ids, tiny_model, tiny_tokenizer
 
 from lorabatch import hub
-from lorabatch.infer.engine import Engine
+from lorabatch.infer.engine import Engine, PassStats
 from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.infer.runner import NativeRunner, make_runner
+from lorabatch.model.attention import Segment
 from lorabatch.model.load import load_config, load_model, load_tokenizer
 
 SAMPLE = Path(__file__).parents[1] / "data_sample"
@@ -92,6 +93,13 @@ def test_a_guess_beyond_the_end_is_not_counted(toy):
     stop = SamplingParams(stop_token_ids=(free[20],), ignore_eos=True)
     expected = free[: free.index(free[20]) + 1]
     assert complete(toy, [prompt], [40], slots=1, settings=stop, speculate=8)[0][0] == expected
+
+
+def test_right_guesses_bring_the_token_behind_them_and_the_first_wrong_one_ends_them():
+    segment, stats = Segment(0, 5, [7, 8, 9], num_logits=3), PassStats(begin_s=0.0)  # 8 and 9 are guessed to follow 7
+    for chosen, accepted in (([8, 9, 4], [8, 9, 4]), ([8, 1, 4], [8, 1]), ([1, 9, 4], [1])):
+        assert Engine._accepted(segment, chosen, stats) == accepted
+    assert (stats.guessed_tokens, stats.accepted_tokens) == (6, 3)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Settings of the training pass, the memory prediction against a real peak, out of memory in the middle of a step, LoRA+ against peft."""
 
 import json
+import math
 import subprocess
 import sys
 from functools import partial
@@ -16,8 +17,9 @@ from lorabatch.measure import system
 from lorabatch.measure.system import ControlGroup
 from lorabatch.model.device import free_bytes, out_of_memory
 from lorabatch.model.lora import LoraSettings
+from lorabatch.train import planner
 from lorabatch.train.loop import train_step
-from lorabatch.train.planner import configure, halved
+from lorabatch.train.planner import HEADROOM, configure, halved, plan
 from lorabatch.train.ranks import ALONE
 from lorabatch.train.state import Learner
 
@@ -96,6 +98,21 @@ def test_free_memory_is_what_the_jobs_group_leaves(tmp_path, monkeypatch):
         (job / f"memory.{name}").write_text(f"{text}\n")
     monkeypatch.setattr(system, "ControlGroup", partial(ControlGroup, tmp_path, tmp_path / "membership"))
     assert free_bytes(torch.device("cpu")) == 1_100_000
+
+
+def test_blocks_are_halved_until_a_step_fits_but_not_below_a_document(monkeypatch, capsys):
+    model, config = native(tiny_model("llama")), TrainConfig(lora_r=4, block_tokens=4096, max_len=1024)
+
+    def planned(free):
+        monkeypatch.setattr(planner, "free_bytes", lambda device: free)
+        return plan(model, config, 1000)
+
+    whole, needed = planned(2**50)
+    assert whole == 4096 and not capsys.readouterr().err
+    fits = math.ceil(needed / HEADROOM)
+    assert planned(fits) == (4096, needed) and not capsys.readouterr().err
+    assert planned(fits - 2)[0] == 2048 and "blocks of 2048 instead of 4096 tokens" in capsys.readouterr().err
+    assert planned(1)[0] == 1024 and "blocks of 1024 instead" in capsys.readouterr().err, "a document of --max_len still fits a block"
 
 
 def test_lora_plus_is_pefts():
