@@ -118,6 +118,15 @@ def test_released_work_is_free_at_once_and_finished_work_never(tmp_path):
     assert try_claim(tmp_path / "0", timeout_s=0) is None
 
 
+def test_work_that_fails_is_free_again_at_once(tmp_path):
+    def work(index, claim):
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        work_through([tmp_path / "0"], work, timeout_s=60, wait=False, stop_requested=lambda: False)
+    assert try_claim(tmp_path / "0", timeout_s=60).generation == 1
+
+
 def test_leaving_early_or_staying(tmp_path):
     held = try_claim(tmp_path / "0", timeout_s=60)
     folders, seen = [tmp_path / "0", tmp_path / "1"], []
