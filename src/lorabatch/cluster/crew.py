@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,11 +54,11 @@ def watched(shards: Sequence[Path], sizes: Sequence[int]) -> Iterator[None]:
 
     def lines(path: Path) -> int:
         offset, count = seen.get(path, (0, 0))
-        with path.open("rb") as file:
+        with suppress(OSError), path.open("rb") as file:  # a file system that fails for a moment is looked at again
             file.seek(offset)
             new = file.read()
-        seen[path] = offset + len(new), count + new.count(b"\n")
-        return seen[path][1]
+            seen[path] = offset + len(new), count + new.count(b"\n")
+        return seen.get(path, (0, 0))[1]
 
     def written(shard: Path, size: int) -> int:
         """The most that one process has of it: a successor begins with a copy of what was there."""
