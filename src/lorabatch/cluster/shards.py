@@ -15,8 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from bisect import bisect_right
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -65,8 +64,8 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
     plan = _plan(config, prompts, folder, command, default_shards=len(crew))
     spans = list(pairwise(plan["bounds"]))
     shards = [folder / "shards" / f"{i:04d}" for i in range(len(spans))]
-    owed = Counter(bisect_right(plan["bounds"], request.index) - 1 for request in prompts)
-    with StopSignals() as signals, watched(shards, [owed[i] for i in range(len(shards))]):
+    sizes = [end - first for first, end in pairwise(bisect_left(prompts.indices, bound) for bound in plan["bounds"])]
+    with StopSignals() as signals, watched(shards, sizes):
 
         def worker(place: int, cores: list[int] | None, *, wait: bool) -> int:
             """Shards until none is free; how many are not done. One of as many workers as there are parts of the cores."""
@@ -95,7 +94,7 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
 
 def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[str], *, default_shards: int) -> dict[str, Any]:
     """The plan on disk, made if there is none. UsageError if it is of other work."""
-    num_prompts = 1 + max(request.index for request in prompts)
+    num_prompts = 1 + prompts.indices[-1]
     path = folder / "plan.json"
     if config.shards is None and path.exists():
         default_shards = len(read_json(path)["bounds"]) - 1

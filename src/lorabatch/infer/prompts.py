@@ -50,8 +50,10 @@ class PromptFile:
         self.ignored: set[str] = set()
         self.longest_bytes = self.most_new_tokens = 0
         digests = array("Q")
+        self.indices = array("q")  # of each request: the place of its prompt, rising
         self.adapter_rows = array("h")  # of each request, -1 for the base
         for request in self:
+            self.indices.append(request.index)
             self.adapter_rows.append(request.adapter_row)
             digests.append(id_digest(request.id, request.sample))
             self.longest_bytes = max(self.longest_bytes, prompt_bytes(request))

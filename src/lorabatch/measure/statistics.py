@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 PERCENTILES = (50, 90, 95, 99)
 
 
@@ -35,6 +33,8 @@ def standard_deviation(values: Sequence[float]) -> float | None:
 
 def summary(name: str, values: Iterable[float]) -> dict[str, float | None]:
     """``{mean,median,std,p50,p90,p95,p99}_<name>`` of the samples; ``name`` ends with the unit. An array is not taken apart."""
+    import numpy as np  # here: submit, status, sweep and compare do without it
+
     samples = values if isinstance(values, np.ndarray) else np.fromiter(values, np.float64)
     names = [f"{kind}_{name}" for kind in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
     if not len(samples):

@@ -92,7 +92,8 @@ class Job:
         )
         size = f"{self.name}: trainable {self._size['trainable_params']:,}; " if self.name else ""
         print(size + data_line(self._corpus, self._validation))
-        identity = identity_of(config, self._corpus, self._validation, base=fingerprint or base.source.name, machine=machine)
+        facts = {"base": fingerprint or base.source.name, "machine": machine, "here": self.run.record["environment"]}
+        identity = identity_of(config, self._corpus, self._validation, **facts)
         self._saver = Saver(self.run, config, identity, self.learner, base.model, base.source.name, writes=base.ranks.is_first)
         self._saver.resume(self._found)
         self._found = None  # its tensors

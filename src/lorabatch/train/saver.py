@@ -17,7 +17,6 @@ from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import epoch_order
 from lorabatch.corpus.tokens import TokenCorpus
 from lorabatch.errors import UsageError
-from lorabatch.measure.environment import environment
 from lorabatch.measure.statistics import summary
 from lorabatch.model.lora import save_adapter
 from lorabatch.records import JsonlWriter, RunFolder
@@ -30,13 +29,18 @@ LAST_WORDS_S = 2.0  # adapter files and records at the end of a run, over the me
 
 
 def identity_of(
-    config: TrainConfig, corpus: TokenCorpus, validation: TokenCorpus | None, *, base: str, machine: Mapping[str, Any]
+    config: TrainConfig,
+    corpus: TokenCorpus,
+    validation: TokenCorpus | None,
+    *,
+    base: str,
+    machine: Mapping[str, Any],
+    here: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """What must be equal for a run to go on as if it had not stopped: settings and content.
 
-    A difference of circumstances may change the last bits, not the meaning.
+    A difference of circumstances may change the last bits, not the meaning. ``here``: the environment block of run.json.
     """
-    here = environment()
     content = {
         "base": base,
         "training data": _corpus_digest(corpus),
