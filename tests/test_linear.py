@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lorabatch.model.linear import Adapter, Dense, FrozenLinear, Part, Prepacked, can_prepack
+from lorabatch.model.linear import Adapter, Dense, FrozenLinear, Part, Prepacked, can_prepack, packed_product
 
 # Three parts of different sizes in one weight, as q, k and v are
 IN_FEATURES, PARTS = 24, (Part("q", 0, 16), Part("k", 16, 24), Part("v", 24, 32))
@@ -154,10 +154,10 @@ def test_prepacked_equals_dense(shape, dtype, tolerance):
 @SHAPES
 @TYPES
 @pytest.mark.parametrize("threads", [1, 2])
-def test_prepacked_rows_do_not_depend_on_how_many_there_are(shape, dtype, threads):
+def test_rows_of_a_packed_product_do_not_depend_on_how_many_there_are(shape, dtype, threads):
     torch.set_num_threads(threads)
     x, grad = random(129, shape[0], seed=2, dtype=dtype), random(129, shape[1], seed=3, dtype=dtype)
-    packed = Prepacked(random(shape[1], shape[0], seed=0, dtype=dtype))
+    packed = packed_product(random(shape[1], shape[0], seed=0, dtype=dtype))
     bias = random(shape[1], seed=1, dtype=dtype)
     for whole, run in (
         (packed.forward(x, bias), lambda rows: packed.forward(x[rows], bias)),
