@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lorabatch.cluster.claims import died, is_done, owners, try_claim, work_through
+from lorabatch.cluster.claims import abandoned_earlier, is_done, owners, try_claim, work_through
 
 WORKER = """
 import sys, time
@@ -48,7 +48,7 @@ def test_a_living_claim_is_left_alone_and_a_dead_process_s_is_taken_at_once(tmp_
     worker.kill()
     worker.wait()
     claim = try_claim(tmp_path / "0", timeout_s=3600)
-    assert claim is not None and claim.generation == 1 and died(tmp_path / "0", 0)
+    assert claim is not None and claim.generation == 1 and abandoned_earlier(tmp_path / "0", 0)
 
 
 def test_a_silent_process_is_taken_over_and_when_it_wakes_nothing_breaks(tmp_path):
@@ -113,7 +113,7 @@ def test_released_work_is_free_at_once_and_finished_work_never(tmp_path):
     first = try_claim(tmp_path / "0", timeout_s=60)
     first.release()
     second = try_claim(tmp_path / "0", timeout_s=60)
-    assert second.generation == 1 and not died(tmp_path / "0", 0)
+    assert second.generation == 1 and not abandoned_earlier(tmp_path / "0", 0)
     second.finish({})
     assert try_claim(tmp_path / "0", timeout_s=0) is None
 
