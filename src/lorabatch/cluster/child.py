@@ -56,7 +56,7 @@ def spawn(module: str, words: Sequence[str], **options: Any) -> subprocess.Popen
 
 
 def last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
     return lines[-1] if lines else "no output"
 
 
