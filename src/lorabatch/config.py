@@ -103,6 +103,7 @@ class InferConfig(Settings):
     output_dir: str | None = setting(None, "run folder (default: a new one in results/)")
     resume: bool = setting(False, "go on in --output_dir: finished requests are skipped")
     overwrite: bool = setting(False, "replace an earlier run in --output_dir")
+    retry_failed: bool = setting(False, "--resume, --shards: requests that ended as errors earlier are tried once more")
 
     batch_size: int = setting(16, "requests that run at once", minimum=1)
     max_new_tokens: int = setting(64, "tokens generated per request at most", minimum=1)
