@@ -109,7 +109,10 @@ class InferConfig(Settings):
     max_new_tokens: int = setting(64, "tokens generated per request at most", minimum=1)
     iters: int = setting(1, "measured repetitions of the whole work; above 1 a warm-up comes first", minimum=1)
     ignore_eos: bool = setting(False, "always generate --max_new_tokens (benchmarks)")
-    deterministic: bool = setting(False, "a request's tokens never depend on its neighbours; always so on CPUs, elsewhere one at a time")
+    deterministic: bool = setting(
+        False,
+        "a request's tokens never depend on its neighbours: always so in the CPU kernels, elsewhere one at a time where sums demand it",
+    )
     output_order: str = setting("finished", "order of completions.jsonl", choices=("finished", "input"))
     output_format: str = setting("lorabatch", "openai: batch_output.jsonl is written too, at the end", choices=("lorabatch", "openai"))
 

@@ -96,6 +96,20 @@ def packed_product(weight: Tensor) -> Product:
 
 
 @functools.cache
+def rows_are_independent(dtype: torch.dtype) -> bool:
+    """Whether a row of ``packed_product`` on this CPU has the same bits whatever the number of rows: measured, on sizes where oneDNN's bf16
+    product on AMX failed (docs/LOG.md, 2026-11-29)."""
+    generator = torch.Generator().manual_seed(0)
+    for inputs, outputs in ((576, 1536), (1536, 576)):
+        weight, x = (torch.randn(n, inputs, generator=generator).to(dtype) for n in (outputs, 256))
+        product = packed_product(weight)
+        whole = product.forward(x, None)
+        if not all(torch.equal(product.forward(x[:rows], None), whole[:rows]) for rows in (1, 5, 31, 64, 100)):
+            return False
+    return True
+
+
+@functools.cache
 def can_prepack(dtype: torch.dtype) -> bool:
     """Whether this torch build has the private oneDNN operators and they agree with ``F.linear``."""
     if dtype not in (torch.float32, torch.bfloat16):
