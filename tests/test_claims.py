@@ -127,17 +127,23 @@ def test_a_killed_process_that_nobody_has_waited_for_is_dead(tmp_path):
 def test_a_living_process_of_another_namespace_is_not_taken_for_dead(tmp_path):
     """As containers on one host: its number there means nothing here, nor ours there."""
     inside = [sys.executable, "-c", WORKER, str(tmp_path), "1", str(tmp_path / "log"), "600"]
-    with subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *inside], stderr=subprocess.PIPE) as worker:
+    alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to make a namespace")
+    worker = subprocess.Popen([*alone, *inside])
+    try:
         while not (tmp_path / "log").exists():
-            if worker.poll() is not None:
-                pytest.skip("needs the right to make a namespace")
+            assert worker.poll() is None
             time.sleep(0.05)
-        owner = json.loads((tmp_path / "0/claim-000").read_text())
-        assert owner["pid"] != worker.pid
+        assert json.loads((tmp_path / "0/claim-000").read_text())["pid"] != worker.pid
         assert try_claim(tmp_path / "0", timeout_s=60) is None
-        ask = f"import sys; from pathlib import Path; from lorabatch.cluster.claims import try_claim; sys.exit(try_claim(Path({str(tmp_path / '0')!r}), timeout_s=60) is not None)"
-        assert subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", ask]).returncode == 0
+        assert try_claim(tmp_path / "1", timeout_s=60) is not None
+        ask = "import sys; from pathlib import Path; from lorabatch.cluster.claims import try_claim; "
+        ask += f"sys.exit(try_claim(Path({str(tmp_path / '1')!r}), timeout_s=60) is not None)"
+        assert subprocess.run([*alone, sys.executable, "-c", ask], check=False).returncode == 0, "our number is unknown there"
+    finally:
         worker.kill()
+        worker.wait()
 
 
 def test_the_thousandth_claim_is_not_the_last(tmp_path):

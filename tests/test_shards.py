@@ -198,6 +198,15 @@ def test_what_an_orphan_finished_counts_even_for_a_prompt_in_quarantine(many, tm
 
 
 @slow
+def test_killed_at_file_operations_every_request_is_there_once_and_completed(tiny_llama_dir, tmp_path):
+    script = [sys.executable, child.Path(__file__).with_name("shard_kills.py"), tiny_llama_dir, tmp_path / "kills", "--kills", "20"]
+    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["kills"] >= 20 and counts["owner"] and counts["group"] and counts["at open"], counts
+
+
+@slow
 def test_many_shards_are_one_process_with_one_loaded_model(words, tmp_path):
     log = tmp_path / "started"
     (tmp_path / "site").mkdir()
@@ -214,6 +223,8 @@ def test_many_shards_are_one_process_with_one_loaded_model(words, tmp_path):
 
 @slow
 def test_a_child_dies_with_its_parent(words, tmp_path):
+    rows = [{"prompt": f"The patient in bed {i} has a fever"} for i in range(5000)]  # work for far longer than we wait
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "lorabatch", *words, "--output_dir", str(tmp_path / "out"), "--shards", "1"]
     process = subprocess.Popen(command, start_new_session=True)
     while not (found := child_of(process.pid)):
@@ -221,7 +232,7 @@ def test_a_child_dies_with_its_parent(words, tmp_path):
         time.sleep(0.01)
     process.kill()  # itself alone, not its group
     process.wait()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 5
     while any(running(pid) for pid in found):
         assert time.monotonic() < end
         time.sleep(0.05)

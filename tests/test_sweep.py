@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_cli import TEXTS
 
 from lorabatch.cli import main
+from lorabatch.cluster import child
 from lorabatch.cluster.sweep import as_markdown, expand, grouped, leaderboard, read_sweep
 from lorabatch.config import TrainConfig
 from lorabatch.errors import LorabatchError
@@ -143,6 +144,25 @@ def test_trials_of_a_task_are_their_runs_alone_and_one_that_breaks_is_failed_on_
     done = {p: p.stat().st_mtime for p in folder.glob("tasks/*/DONE.json")}
     assert main(["sweep", str(file), "--output_dir", str(folder), "--runs_per_task", "1"]) == 0
     assert len(done) == 2 and all(p.stat().st_mtime == t for p, t in done.items()), "nothing is trained again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "fails"), [(1, False), (2, True)])
+def test_a_trial_whose_process_was_killed_is_tried_once_more(kills, fails, tiny_llama_dir, tmp_path, monkeypatch):
+    real, left = child.spawn, [kills]
+
+    def spawn(*args, **options):
+        process = real(*args, **options)
+        if left[0]:
+            left[0] -= 1
+            process.kill()
+        return process
+
+    monkeypatch.setattr(child, "spawn", spawn)
+    file = sweep_of(tmp_path, tiny_llama_dir, "lr = [0.01]", max_steps=2)
+    assert main(["sweep", str(file), "--output_dir", str(tmp_path / "sweep")]) == (65 if fails else 0)
+    result = result_of(tmp_path / "sweep", 0)[0]
+    assert (result["value"] is None) == fails and (result["error"] == "signal 9") == fails
 
 
 @pytest.mark.slow

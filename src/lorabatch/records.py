@@ -11,7 +11,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -58,7 +60,7 @@ def writing(path: Path, *, fix: str = "make room there; what was written before 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when the block ends: readers see the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # in another container is a process of our number
     try:
         with writing(path):
             with temporary.open("wb") as file:
@@ -227,9 +229,8 @@ class RunFolder:
         earlier = (path / "run.json").read_bytes() if resume and found else None
         with writing(path, fix=f"choose another {folder_flag}"):
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".probe.{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=path):
+                pass
         lock = None if shared else _locked(path, folder_flag)
         if overwrite and not resume:
             for name in RUN_FILES:

@@ -32,7 +32,7 @@ from lorabatch.cluster.claims import DONE, Claim, is_done, owners, work_through
 from lorabatch.config import SweepConfig, TrainConfig
 from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest
 from lorabatch.measure.statistics import mean, standard_deviation
-from lorabatch.records import read_json, utc_now, write_json, writing
+from lorabatch.records import read_json, replacing, utc_now, write_json, writing
 from lorabatch.settings import typed_values
 from lorabatch.signals import StopSignals
 from lorabatch.train.jobfile import SHARED
@@ -76,7 +76,8 @@ def run_sweep(file: str, config: SweepConfig) -> int:
     board = leaderboard(trials, [results[i] for i in range(len(trials))], sweep["metric"])
     write_json(folder / "leaderboard.json", board)
     text = as_markdown(board)
-    (folder / "LEADERBOARD.md").write_text(text, encoding="utf-8")
+    with replacing(folder / "LEADERBOARD.md") as written:  # by every process that sees the last task done
+        written.write(text.encode())
     print(text + f"\n{folder / 'LEADERBOARD.md'}")
     if not any(row["runs"] for row in board["rows"]):
         raise DataError("every trial failed", where=folder, fix=f"see {folder}/tasks/*/DONE.json")
@@ -181,10 +182,12 @@ class _Task:
         self._settings.write_text(shared.to_toml(), encoding="utf-8")
 
     def complete(self) -> None:
-        """Train all in one process. One that does not complete there is tried once alone: it may only be the victim of another."""
+        """Train all in one process. One that does not complete there is tried once alone: it may only be the victim of another,
+        or of what killed the process."""
         results = self._train(list(self._trials))
+        again = len(results) > 1 or self._killed
         for trial, result in results.items():
-            if result["value"] is None and len(results) > 1:
+            if result["value"] is None and again:
                 results |= self._train([trial])
             print(f"trial {trial} {self._trials[trial]}: {results[trial]['error'] or results[trial]['value']}", flush=True)
         self._claim.finish({"trials": results, "at": utc_now()})
@@ -196,6 +199,7 @@ class _Task:
         words: list[str | Path] = ["train", "--config", self._settings, "--jobs", jobs, "--save_dir", outputs, "--resume", "auto"]
         ended = run_child(words, outputs / "log.txt", self._signals)
         ended.raise_mistake()
+        self._killed = ended.code < 0
         return {trial: self._result(outputs / f"{trial:04d}", ended) for trial in trials}
 
     def _job(self, trial: int) -> dict[str, Any]:
