@@ -47,7 +47,9 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Rates]:
             steps = [e["tokens_per_s"] for e in read_jsonl(path / "events.jsonl") if e.get("event") == "step"]
             with suppress(DataError):  # a run that was killed has none
                 metrics = read_json(path / "metrics.json")
-            return record, {"steps after the first": estimate(steps[1:]) | {"waited_share": waited_share(metrics)}}  # the first one warms up
+            return record, {
+                "steps after the first": estimate(steps[1:]) | {"waited_share": waited_share(metrics)}
+            }  # the first one warms up
         metrics = read_json(path / "metrics.json")
         return record, {"repetitions": estimate(metrics.get("pass_tokens_per_s") or []) | {"waited_share": waited_share(metrics)}}
     record = read_json(path)
