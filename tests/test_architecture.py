@@ -19,7 +19,7 @@ ALLOWED = {
     "infer": {"base", "pure", "corpus", "hub", "kernels", "model", "ceilings", "infer"},
     "report": {"base", "pure", "report"},
     "cluster": {"base", "pure", "hub", "train", "infer", "cluster"},  # of train and infer, the files of jobs and prompts
-    "cli": {"base", "pure", "hub", "model", "ceilings", "train", "infer", "report", "cluster", "cli"},
+    "cli": {"base", "pure", "hub", "kernels", "model", "ceilings", "train", "infer", "report", "cluster", "cli"},
 }
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lorabatch.cluster.claims import died, is_done, owners, try_claim, work_through
+from lorabatch.cluster.claims import abandoned_earlier, is_done, owners, try_claim, work_through
 
 WORKER = """
 import sys, time
@@ -48,7 +48,7 @@ def test_a_living_claim_is_left_alone_and_a_dead_process_s_is_taken_at_once(tmp_
     worker.kill()
     worker.wait()
     claim = try_claim(tmp_path / "0", timeout_s=3600)
-    assert claim is not None and claim.generation == 1 and died(tmp_path / "0", 0)
+    assert claim is not None and claim.generation == 1 and abandoned_earlier(tmp_path / "0", 0)
 
 
 def test_a_silent_process_is_taken_over_and_when_it_wakes_nothing_breaks(tmp_path):
@@ -82,14 +82,69 @@ def test_who_looked_before_the_claim_was_made_does_not_get_it_too(tmp_path, monk
     assert claim.path.read_text() == written
 
 
+OTHERS = {
+    "on another host": {"host": "elsewhere"},
+    "of another boot, or of another namespace on this host": {"where": "another"},
+    "of a process that cannot say where it is": {"where": None},
+    "of an earlier version": {"where": None, "started": None},
+    "damaged": {"host": 3, "pid": "x" * 9},
+}
+
+
+@pytest.mark.parametrize("owner", OTHERS)
 @pytest.mark.parametrize(("age_s", "free"), [(50, False), (70, True)])
-def test_on_another_host_the_age_of_the_heartbeat_alone_decides(age_s, free, tmp_path):
+def test_where_nothing_proves_a_death_the_age_of_the_heartbeat_alone_decides(owner, age_s, free, tmp_path):
     path = try_claim(tmp_path / "0", timeout_s=60).path
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "elsewhere"}))
+    gone = {"pid": 2**22 - 1, "started": 1}  # no such process
+    path.write_text(json.dumps(json.loads(path.read_text()) | gone | OTHERS[owner]))
     os.utime(path, (time.time() - age_s,) * 2)
     claim = try_claim(tmp_path / "0", timeout_s=60)
     assert (claim is not None) == free
     assert claim is None or claim.generation == 1
+
+
+@pytest.mark.parametrize("change", [{"pid": 2**22 - 1}, {"started": 1}], ids=["no such process", "a later process has its number"])
+def test_a_death_that_is_proven_is_not_waited_for(change, tmp_path):
+    path = try_claim(tmp_path / "0", timeout_s=60).path
+    assert try_claim(tmp_path / "0", timeout_s=60) is None, "we live"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert try_claim(tmp_path / "0", timeout_s=3600).generation == 1
+
+
+def test_a_killed_process_that_nobody_has_waited_for_is_dead(tmp_path):
+    worker = start_worker(tmp_path, 1, tmp_path / "log", pause=600)
+    while not (tmp_path / "log").exists():
+        time.sleep(0.05)
+    worker.kill()
+    end = time.monotonic() + 60
+    while (claim := try_claim(tmp_path / "0", timeout_s=3600)) is None:  # until it is a zombie
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert claim.generation == 1
+    worker.wait()
+
+
+def test_a_living_process_of_another_namespace_is_not_taken_for_dead(tmp_path):
+    """As containers on one host: its number there means nothing here, nor ours there."""
+    inside = [sys.executable, "-c", WORKER, str(tmp_path), "1", str(tmp_path / "log"), "600"]
+    with subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *inside], stderr=subprocess.PIPE) as worker:
+        while not (tmp_path / "log").exists():
+            if worker.poll() is not None:
+                pytest.skip("needs the right to make a namespace")
+            time.sleep(0.05)
+        owner = json.loads((tmp_path / "0/claim-000").read_text())
+        assert owner["pid"] != worker.pid
+        assert try_claim(tmp_path / "0", timeout_s=60) is None
+        ask = f"import sys; from pathlib import Path; from lorabatch.cluster.claims import try_claim; sys.exit(try_claim(Path({str(tmp_path / '0')!r}), timeout_s=60) is not None)"
+        assert subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", ask]).returncode == 0
+        worker.kill()
+
+
+def test_the_thousandth_claim_is_not_the_last(tmp_path):
+    for number in range(1002):
+        (tmp_path / f"claim-{number:03d}").touch()
+        (tmp_path / f"claim-{number:03d}.released").touch()
+    assert try_claim(tmp_path, timeout_s=60).generation == 1002
 
 
 def test_the_heartbeat_keeps_a_long_claim_and_outlives_a_failing_file_system(tmp_path, monkeypatch):
@@ -113,7 +168,7 @@ def test_released_work_is_free_at_once_and_finished_work_never(tmp_path):
     first = try_claim(tmp_path / "0", timeout_s=60)
     first.release()
     second = try_claim(tmp_path / "0", timeout_s=60)
-    assert second.generation == 1 and not died(tmp_path / "0", 0)
+    assert second.generation == 1 and not abandoned_earlier(tmp_path / "0", 0)
     second.finish({})
     assert try_claim(tmp_path / "0", timeout_s=0) is None
 

@@ -42,7 +42,7 @@ def forward(program, pieces):
     """Run pieces (slot, start, token ids, adapter) as one flat batch; hidden states [tokens, H]."""
     ids, positions, slots, groups, adapters = [], [], [], [0], []
     for slot, start, tokens, *adapter in pieces:
-        size = group_size(program.spec)
+        size = group_size(program.spec, program.dtype)
         groups += [len(ids) + min(i + size, len(tokens)) for i in range(0, len(tokens), size)]
         ids += tokens
         positions += range(start, start + len(tokens))
@@ -63,8 +63,6 @@ def test_program_agrees_with_the_plain_decoder(name, dtype):
     if name == "gpt2-gelu":
         assert "GELU" in unsupported(model.spec, dtype, CPU)
         return
-    if unsupported(model.spec, dtype, CPU):
-        pytest.skip(unsupported(model.spec, dtype, CPU))
     documents = random_ids(LENGTHS)
     ours = feed(record(model), [(slot, 0, ids.tolist()) for slot, ids in enumerate(documents)])
     exact = torch.cat(packed_logits(native(tiny_model(name).to(dtype).float()), documents))  # the same rounded weights, in fp32
@@ -79,8 +77,6 @@ def test_program_agrees_with_the_plain_decoder(name, dtype):
 @pytest.mark.parametrize("name", ["gpt2", "mistral-window", "qwen3"])
 def test_bits_do_not_depend_on_chunks_slots_or_neighbours(name, quantize):
     model = native(tiny_model(name), dtype=torch.bfloat16)
-    if unsupported(model.spec, torch.bfloat16, CPU, quantize=quantize):
-        pytest.skip(unsupported(model.spec, torch.bfloat16, CPU, quantize=quantize))
     program, documents = record(model, quantize=quantize), [ids.tolist() for ids in random_ids(LENGTHS)]
     alone = [feed(program, [(0, 0, ids)]) for ids in documents]
 

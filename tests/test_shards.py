@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabatch.cli import main
-from lorabatch.cluster import child, shards
+from lorabatch.cluster import child
 from lorabatch.cluster.crew import share_cores
 from lorabatch.errors import UsageError
 
@@ -88,18 +88,185 @@ def test_when_every_process_dies_nothing_is_blamed_on_the_prompts(words, tmp_pat
     assert not list((tmp_path / "out").rglob("DONE.json"))
 
 
-@slow
-def test_a_prompt_that_kills_its_process_is_in_quarantine_once_however_many_completions_it_owes(words, tmp_path, monkeypatch):
-    def run_child(words, *args, **kwargs):
-        first = words[words.index("--rows") + 1].partition(":")[0]
-        return child.Ended(-9, "") if first == "0" else child.run_child(words, *args, **kwargs)
+def dies_on(monkeypatch, prompt, *, times=1000, tried=None):
+    """Let the process that completes ranges kill itself when it begins on one with this prompt, so many times; what it does else is real."""
+    real = child.spawn
 
-    monkeypatch.setattr(shards, "run_child", run_child)
+    def spawn(module, words, **options):
+        source = f"""
+import os, signal, sys
+from pathlib import Path
+from lorabatch.cluster.leash import die_with
+die_with({os.getpid()})
+from lorabatch.infer import ranges
+real, tally = ranges._complete, Path({str(tried)!r})
+def complete(config, job, kept):
+    first, end = map(int, job["rows"].split(":"))
+    with tally.open("a") as file:
+        file.write(job["rows"] + "\\n")
+    if first <= {prompt} < end and sum({prompt} in range(*map(int, r.split(":"))) for r in tally.read_text().split()) <= {times}:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return real(config, job, kept)
+ranges._complete = complete
+ranges.serve(int(sys.argv[1]))
+"""
+        assert module == "lorabatch.infer.ranges" and real
+        return subprocess.Popen([sys.executable, "-c", source, *words], text=True, **options)
+
+    monkeypatch.setattr(child, "spawn", spawn)
+
+
+@pytest.fixture
+def many(words, tmp_path):
+    """Two completions of each of two prompts, and where to."""
     (tmp_path / "prompts.jsonl").write_text('{"id": "p0", "prompt": "fever"}\n{"id": "p1", "prompt": "cough"}\n')
-    assert main([*words, "--n", "2", "--adapter_dir", "none", "--output_dir", str(tmp_path / "out"), "--shards", "1"]) == 0
+    return [*words, "--n", "2", "--adapter_dir", "none", "--output_dir", str(tmp_path / "out"), "--shards", "1"]
+
+
+@slow
+def test_a_prompt_is_in_quarantine_after_two_deaths_alone_and_a_later_run_may_try_it_again(many, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        dies_on(patch, 0, tried=tmp_path / "tried")
+        assert main(many) == 0
+    assert (tmp_path / "tried").read_text().split() == ["0:2", "0:1", "0:1", "1:2"]
     assert json.loads((tmp_path / "out/metrics.json").read_text())["quarantined"] == ["p0"]
     assert '"adapter": "none"' not in (tmp_path / "out/completions.jsonl").read_text()
     assert [(r[0], bool(r[5])) for r in completions(tmp_path / "out")] == [("p0", True), ("p0", True), ("p1", False), ("p1", False)]
+    assert main(many) == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["quarantined"] == ["p0"], "only asked for is it tried again"
+    with monkeypatch.context() as patch:
+        dies_on(patch, 0, tried=tmp_path / "tried again")
+        assert main([*many, "--retry_failed"]) == 0
+    assert (tmp_path / "tried again").read_text().split() == ["0:1", "0:1"]
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["quarantined"] == ["p0"]
+    assert main([*many, "--retry_failed"]) == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["quarantined"] == []
+    assert [(r[0], bool(r[5])) for r in completions(tmp_path / "out")] == [("p0", False), ("p0", False), ("p1", False), ("p1", False)]
+
+
+@slow
+def test_one_death_alone_is_held_against_no_prompt(many, tmp_path, monkeypatch):
+    dies_on(monkeypatch, 0, times=2, tried=tmp_path / "tried")
+    assert main(many) == 0
+    assert (tmp_path / "tried").read_text().split() == ["0:2", "0:1", "0:1", "1:2"]
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["completed"] == 4
+
+
+@slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_owners_that_are_killed_or_stopped_are_held_against_no_prompt(how, tiny_llama_dir, tmp_path):
+    """One prompt in one range, which was the whole shard: three owners in a row are lost over it."""
+    (tmp_path / "prompts.txt").write_text("The patient has a fever\n")
+    words = ["infer", "--base_model", tiny_llama_dir, "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "out"]
+    words += ["--shards", "1", "--max_new_tokens", "4", "--threads", "1", "--claim_timeout_s", "2"]
+    command, owners_lost = [sys.executable, "-m", "lorabatch", *map(str, words)], []
+    for number in range(3):
+        process = subprocess.Popen(command, start_new_session=True)
+        while not (tmp_path / f"out/shards/0000/output-{number:03d}/0-1/log.txt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, how)
+        owners_lost.append(process)
+    try:
+        assert subprocess.run(command, timeout=300).returncode == 0
+        metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+        assert metrics["completed"] == 1 and metrics["quarantined"] == []
+    finally:
+        for process in owners_lost:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@slow
+def test_what_an_orphan_finished_counts_even_for_a_prompt_in_quarantine(many, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        dies_on(patch, 0, tried=tmp_path / "tried")
+        assert main(many) == 0
+    whole = [w for w in many if w not in ("--shards", "1")]
+    whole[whole.index("--output_dir") + 1] = str(tmp_path / "whole")
+    whole[whole.index("--threads") + 1 : whole.index("--threads") + 1] = ["1"] if whole[whole.index("--threads") + 1] != "1" else []
+    assert main(whole) == 0
+    orphan = tmp_path / "out/shards/0000/output-007/0-2/completions.jsonl"
+    orphan.parent.mkdir(parents=True)
+    lines = (tmp_path / "whole/completions.jsonl").read_text().splitlines(keepends=True)
+    forged = json.loads(lines[0]) | {"key": "1" * 16, "text": "forged"}
+    orphan.write_text(json.dumps(forged) + "\n" + "{damaged\n" + lines[1] + lines[0][:-5])  # sample 1 whole; sample 0 torn, and forged
+    assert main(many) == 0
+    texts = [r[4] for r in completions(tmp_path / "whole")]
+    assert [(r[4], bool(r[5])) for r in completions(tmp_path / "out")][1:] == [(t, False) for t in texts[1:]]
+    assert completions(tmp_path / "out")[0][5], "what no process of this work can have written is not believed"
+
+
+@slow
+def test_many_shards_are_one_process_with_one_loaded_model(words, tmp_path):
+    log = tmp_path / "started"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        f"import sys\nif 'lorabatch.infer.ranges' in sys.orig_argv:\n    open({str(log)!r}, 'a').write('started\\n')\n"
+    )
+    command = [sys.executable, "-m", "lorabatch", *words, "--output_dir", str(tmp_path / "out"), "--shards", "9"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *sys.path[:1]])}
+    assert subprocess.run(command, env=environment, timeout=300).returncode == 0
+    assert log.read_text() == "started\n"
+    loads = [p.read_text().count("base ") for p in sorted((tmp_path / "out").rglob("log.txt"))]
+    assert len(loads) == 9 and sum(loads) == 1
+
+
+@slow
+def test_a_child_dies_with_its_parent(words, tmp_path):
+    command = [sys.executable, "-m", "lorabatch", *words, "--output_dir", str(tmp_path / "out"), "--shards", "1"]
+    process = subprocess.Popen(command, start_new_session=True)
+    while not (found := child_of(process.pid)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()  # itself alone, not its group
+    process.wait()
+    end = time.monotonic() + 30
+    while any(running(pid) for pid in found):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def child_of(pid):
+    return [int(p.parent.name) for p in child.Path("/proc").glob("[0-9]*/stat") if stat_of(p)[1:2] == [str(pid)]]
+
+
+def stat_of(path):
+    try:
+        return path.read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def running(pid):
+    return stat_of(child.Path(f"/proc/{pid}/stat"))[:1] not in ([], ["Z"])
+
+
+def test_a_process_whose_parent_has_died_before_it_asked_ends_at_once():
+    words = [sys.executable, "-m", "lorabatch.cluster.leash", "1", "platform"]  # process 1 is not its parent
+    assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
+    words[3] = str(os.getpid())
+    assert subprocess.run(words, capture_output=True).returncode == 0
+
+
+@slow
+def test_a_run_killed_between_plan_and_run_json_goes_on(many, tmp_path):
+    assert main(many) == 0
+    (tmp_path / "out/run.json").unlink()
+    assert main(many) == 0
+    assert json.loads((tmp_path / "out/run.json").read_text())["status"] == "completed"
+
+
+@slow
+def test_failed_requests_of_a_plain_run_are_tried_again_too(words, tmp_path, capsys):
+    plain = [*words, "--output_dir", str(tmp_path / "out"), "--max_len", "12"]
+    assert main([*plain, "--retry_failed"]) == 64 and "--resume" in capsys.readouterr().err
+    assert main(plain) in (0, 65)
+    before = completions(tmp_path / "out")
+    assert main([*plain, "--resume", "--retry_failed"]) in (0, 65)
+    assert completions(tmp_path / "out") == before and any(r[5] for r in before)
+    log = capsys.readouterr().out
+    assert f"{sum(bool(r[5]) for r in before)} requests" in log, "only those, and each once"
 
 
 @pytest.mark.parametrize("rows", ["3", "5:2", "a:b", "-1:4", "4:4"])

@@ -247,6 +247,10 @@ def run_command(name: str, argv: list[str], *, prog: str | None = None) -> int:
     debug = "--debug" in argv
     try:
         config, extras = parse(config_class, argv, prog=prog or f"lorabatch {name}", command=name, positionals=positionals)
+        if "LORABATCH_KERNELS" in os.environ:  # before the slow part, and without ctypes where nobody asked
+            from lorabatch import kernels
+
+            kernels.check()
         return action(config, extras, [prog or "lorabatch", *name.split(), *argv])
     except LorabatchError as error:
         if debug:

@@ -103,12 +103,16 @@ class InferConfig(Settings):
     output_dir: str | None = setting(None, "run folder (default: a new one in results/)")
     resume: bool = setting(False, "go on in --output_dir: finished requests are skipped")
     overwrite: bool = setting(False, "replace an earlier run in --output_dir")
+    retry_failed: bool = setting(False, "--resume, --shards: requests that ended as errors earlier are tried once more")
 
     batch_size: int = setting(16, "requests that run at once", minimum=1)
     max_new_tokens: int = setting(64, "tokens generated per request at most", minimum=1)
     iters: int = setting(1, "measured repetitions of the whole work; above 1 a warm-up comes first", minimum=1)
     ignore_eos: bool = setting(False, "always generate --max_new_tokens (benchmarks)")
-    deterministic: bool = setting(False, "a request's tokens never depend on its neighbours; always so on CPUs, elsewhere one at a time")
+    deterministic: bool = setting(
+        False,
+        "a request's tokens never depend on its neighbours: always so in the CPU kernels, elsewhere one at a time where sums demand it",
+    )
     output_order: str = setting("finished", "order of completions.jsonl", choices=("finished", "input"))
     output_format: str = setting("lorabatch", "openai: batch_output.jsonl is written too, at the end", choices=("lorabatch", "openai"))
 

@@ -4,7 +4,8 @@ File locks are silently missing on many Lustre, GPFS and NFS mounts; creating a 
 yet is atomic on all of them. So a claim is a file ``claim-000`` with its owner in it. Its time stamp is the
 owner's heartbeat. When that stands still, another process takes over by creating ``claim-001``: exactly one
 thief succeeds, and nothing is ever removed or renamed. An owner that was only slow does no harm: each claim
-writes into a folder of its own.
+writes into a folder of its own. Only who can prove that the owner is gone (the same boot, the same namespace
+of process numbers) does not wait for the heartbeat to age: in another container the same number means nothing.
 
     items/0007/claim-000   claim-001   DONE.json        taken over once, finished
 """
@@ -13,16 +14,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lorabatch.errors import LorabatchError
-from lorabatch.records import dumps, read_json, utc_now, write_json
+from lorabatch.records import dumps, read_json, utc_now, write_json, writing
 
 HEARTBEATS_PER_TIMEOUT = 6
 DONE = "DONE.json"
@@ -67,10 +70,11 @@ class Claim:
 
 def _latest(folder: Path) -> int:
     """Number of the newest claim; -1 without one."""
-    return max((int(p.name[6:]) for p in folder.glob("claim-[0-9][0-9][0-9]")), default=-1)
+    found = (re.fullmatch(r"claim-(\d+)", path.name) for path in folder.iterdir())
+    return max((int(match[1]) for match in found if match), default=-1)
 
 
-def died(folder: Path, generation: int) -> bool:
+def abandoned_earlier(folder: Path, generation: int) -> bool:
     """Whether this earlier claim ended without giving the item back."""
     return not (folder / f"claim-{generation:03d}.{RELEASED}").exists()
 
@@ -80,43 +84,76 @@ def is_done(folder: Path) -> bool:
 
 
 def try_claim(folder: Path, *, timeout_s: float) -> Claim | None:
-    """Claim an item that is neither done nor in living hands; None otherwise."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Claim an item that is neither done nor in living hands; None otherwise. UnavailableError where nothing can be written."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     newest = _latest(folder)
     if is_done(folder) or (newest >= 0 and not _abandoned(folder, newest, timeout_s)):
         return None
     path = folder / f"claim-{newest + 1:03d}"
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"), "claimed_at": utc_now()}
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:  # another one was faster
-        return None
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(dumps(owner) + "\n")
+    with writing(path):
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:  # another one was faster
+            return None
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(dumps(_this_process()) + "\n")
     return Claim(folder, newest + 1, timeout_s)
 
 
+def _this_process() -> dict[str, Any]:
+    """Who owns a claim, with what another process needs to see that it is gone."""
+    known = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"), "claimed_at": utc_now()}
+    return known | {"where": _namespace(), "started": _start_time(os.getpid())}
+
+
+def _namespace() -> str | None:
+    """Where a process number of ours means the same process: this boot of this kernel and its namespace; None if it cannot be known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} pid:{Path('/proc/self/ns/pid').stat().st_ino}"
+    except (OSError, ValueError):
+        return None
+
+
+def _start_time(pid: int) -> int | None:
+    """Clock ticks from boot to its start, which tell it from a later process of the same number; 0 if it has ended; None if not visible."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return 0 if state in "ZX" else int(fields[18])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _proven_dead(owner: Mapping[str, Any]) -> bool:
+    """Whether the process of this claim is certainly gone. What cannot be seen from here is not."""
+    if owner.get("where") is None or (owner["host"], owner["where"]) != (socket.gethostname(), _namespace()):
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's process
+        pass
+    started = _start_time(int(owner["pid"]))
+    return None not in (started, owner.get("started")) and started != owner["started"]
+
+
 def _abandoned(folder: Path, generation: int, timeout_s: float) -> bool:
-    """Released, or its process is gone (seen from the same host), or its heartbeat is too old.
+    """Released, or its process is proven dead, or its heartbeat is too old.
 
     Both times come from the file system's clock, so that nodes whose clocks differ agree.
     """
     path = folder / f"claim-{generation:03d}"
     if path.with_suffix(f".{RELEASED}").exists():
         return True
-    try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-        if owner["host"] == socket.gethostname():
-            os.kill(int(owner["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError, KeyError):  # being written just now, or another user's process: its age decides
-        pass
-    probe = folder / f".now-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-    probe.touch()
-    now = probe.stat().st_mtime
-    probe.unlink()
-    return now - path.stat().st_mtime > timeout_s
+    with suppress(
+        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError
+    ):  # being written just now, or damaged: its age decides
+        if _proven_dead(json.loads(path.read_text(encoding="utf-8"))):
+            return True
+    with writing(folder), tempfile.TemporaryFile(dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_mtime - path.stat().st_mtime > timeout_s
 
 
 def work_through(
@@ -133,9 +170,10 @@ def work_through(
     ``work(index, claim)`` does one item and calls ``claim.finish``; if it raises, the item is free again at once. With ``wait``
     we stay until the items of others are done too, and take over those that are abandoned; without, we leave when nothing is free.
     """
+    open_items = dict(enumerate(folders))  # what is done stays done and is not looked at again: there may be thousands
     while True:
         worked = False
-        for index, folder in enumerate(folders):
+        for index, folder in list(open_items.items()):
             if stop_requested():
                 break
             claim = try_claim(folder, timeout_s=timeout_s)
@@ -147,9 +185,9 @@ def work_through(
                     except BaseException:
                         claim.release()
                         raise
-        left = sum(not is_done(folder) for folder in folders)
-        if left == 0 or stop_requested() or not (worked or wait):
-            return left
+        open_items = {index: folder for index, folder in open_items.items() if not is_done(folder)}
+        if not open_items or stop_requested() or not (worked or wait):
+            return len(open_items)
         if not worked:
             time.sleep(poll_s)
 

@@ -50,6 +50,7 @@ def _cores(path: Path) -> list[int]:
 def watched(shards: Sequence[Path], sizes: Sequence[int]) -> Iterator[None]:
     """A progress bar of all shards [completions each], whoever computes them: the records on disk are counted now and then."""
     seen: dict[Path, tuple[int, int]] = {}  # bytes read, lines in them
+    finished: set[Path] = set()
     ended = threading.Event()
 
     def lines(path: Path) -> int:
@@ -62,7 +63,11 @@ def watched(shards: Sequence[Path], sizes: Sequence[int]) -> Iterator[None]:
 
     def written(shard: Path, size: int) -> int:
         """The most that one process has of it: a successor begins with a copy of what was there."""
-        return size if is_done(shard) else min(size, max(map(lines, shard.glob("output-*/*/completions.jsonl")), default=0))
+        if shard not in finished and is_done(shard):
+            finished.add(shard)
+        if shard in finished:
+            return size
+        return min(size, max(map(lines, shard.glob("output-*/*/completions.jsonl")), default=0))
 
     def look() -> None:
         every_s = 1.0 if sys.stderr.isatty() else LOG_EVERY_S  # every look is work for a parallel file system

@@ -1,49 +1,52 @@
 """``lorabatch infer --shards N``, ``--processes N``: one prompt file, any number of processes, one result.
 
 Every process runs the same command (``--processes`` does the work of N of them, each on its own cores). The
-first writes ``plan.json``; each claims shards until none is free, and computes a shard with ``lorabatch infer
---rows FIRST:END`` in a child process, so that a prompt that takes its process down costs one process. A range
-whose process died is not tried as a whole again but in halves; a single prompt that does it is put into
-quarantine, as an error record. Whoever sees the last shard done merges: every request of the input exactly
-once, in input order.
+first writes ``plan.json``; each claims shards until none is free, and has their prompts completed by a child process
+that loads the model once, so that a prompt that takes its process down costs one process. A range whose process
+died is not tried as a whole again but in halves; a single prompt that did it twice, alone, while we lived to see it,
+is put into quarantine, as an error record. What ends ourselves (a kill, a lost node) is held against no prompt: the
+next owner of the shard takes over every finished completion and goes on. Whoever sees the last shard done merges:
+every request of the input exactly once, in input order (``cluster/gather.py``). ``--retry_failed`` gives each finished
+shard that has failed requests another item to claim, with those alone.
 
     plan.json   shards/0003/claim-000   shards/0003/output-000/24-32/completions.jsonl   shards/0003/DONE.json
+    shards/0003/output-000/deaths.jsonl   shards/0003/retry-001/claim-000 ...
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from datetime import datetime
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lorabatch import hub
-from lorabatch.cluster.child import run_child
-from lorabatch.cluster.claims import DONE, Claim, died, is_done, owners, work_through
+from lorabatch.cluster.child import RangeChild
+from lorabatch.cluster.claims import Claim, abandoned_earlier, is_done, owners, work_through
 from lorabatch.cluster.crew import share_cores, watched
+from lorabatch.cluster.gather import NO_KEY, completion_files, failed_prompts, merge
 from lorabatch.config import InferConfig
-from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UsageError
+from lorabatch.errors import InterruptedRun, LorabatchError, UsageError
 from lorabatch.infer.adapters import files_sha256, merged_adapter
 from lorabatch.infer.prompts import PromptFile
+from lorabatch.infer.ranges import completions
 from lorabatch.infer.requests import completion_record
 from lorabatch.infer.run import default_output_dir
-from lorabatch.infer.sink import write_openai_file
 from lorabatch.measure.environment import environment, usable_cores
-from lorabatch.measure.statistics import rate, summary
-from lorabatch.records import RunFolder, dumps, read_json, read_jsonl, replacing, utc_now, write_json, writing
+from lorabatch.records import JsonlWriter, RunFolder, dumps, read_json, read_jsonl, replacing, utc_now, write_json, writing
 from lorabatch.signals import StopSignals
 
 # What may differ between the processes that share the work.
 FREE = {"output_dir", "resume", "batch_size", "threads", "no_cuda", "prefill_tokens", "output_order", "claim_timeout_s", "leave_early"}
-FREE |= {"shards", "processes"}  # the bounds say what matters of them
-NO_KEY = "0" * 16  # of a quarantined record: a later process may try again
+FREE |= {"shards", "processes", "retry_failed"}  # the bounds say what matters of the first two
+VOID = "deaths-are-void"  # beside deaths that no prompt is to blame for
+TRIES_ALONE = 2  # deaths of its process, while it ran alone, that a prompt may have
+LEFT_BEHIND = 2  # owners that may be lost over a range before it is cut, lest one prompt take its neighbours' owners down for ever
 QUARANTINE = "the process that computed this request died ({reason}); quarantined"
 
 
@@ -64,29 +67,37 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
     plan = _plan(config, prompts, folder, command, default_shards=len(crew))
     spans = list(pairwise(plan["bounds"]))
     shards = [folder / "shards" / f"{i:04d}" for i in range(len(spans))]
+    items = [_Item(shard, shard, (span,)) for shard, span in zip(shards, spans, strict=True)]
+    items += list(_retries(items)) if config.retry_failed else []
     sizes = [end - first for first, end in pairwise(bisect_left(prompts.indices, bound) for bound in plan["bounds"])]
     with StopSignals() as signals, watched(shards, sizes):
 
-        def worker(place: int, cores: list[int] | None, *, wait: bool) -> int:
+        def worker(place: int | None, cores: list[int] | None, *, wait: bool) -> int:
             """Shards until none is free; how many are not done. One of as many workers as there are parts of the cores."""
             mine = config if cores is None else replace(config, threads=config.threads or max(1, usable_cores() // len(crew)))
+            with RangeChild(_child_settings(mine), signals, cores=cores, place=place) as child:
+                seen = _Seen()
 
-            def work(index: int, claim: Claim) -> None:
-                first, end = spans[index]
-                _Shard(claim, mine, signals, cores, place).complete(first, end)
-                print(f"shard {index} (prompts {first} to {end - 1}) done; {sum(map(is_done, shards))} of {len(shards)}", flush=True)
+                def work(index: int, claim: Claim) -> None:
+                    _Shard(claim, items[index], mine, child, seen).complete()
+                    first, end = items[index].spans[0][0], items[index].spans[-1][1]
+                    print(f"shard {claim.folder.relative_to(folder / 'shards')} (prompts {first} to {end - 1}) done", flush=True)
 
-            return work_through(shards, work, timeout_s=config.claim_timeout_s, wait=wait, stop_requested=lambda: bool(signals))
+                folders = [item.folder for item in items]
+                return work_through(folders, work, timeout_s=config.claim_timeout_s, wait=wait, stop_requested=lambda: bool(signals))
 
         with ThreadPoolExecutor(len(crew)) as pool:
-            for ended in [pool.submit(worker, place, cores, wait=False) for place, cores in enumerate(crew)]:
+            places = [None] if crew == [None] else range(len(crew))
+            for ended in [pool.submit(worker, place, cores, wait=False) for place, cores in zip(places, crew, strict=True)]:
                 ended.result()
-        left = worker(0, None, wait=not config.leave_early)  # what others hold, should they die
+        left = worker(None, None, wait=not config.leave_early)  # what others hold, should they die
         if left and signals.received:
             what = f"stopped by {signals.received.name}; {left} shards left"
             raise InterruptedRun(what, where=folder, fix="run the same command again")
     if left:
-        print(f"nothing left to claim; {left} shards with {', '.join(owners(shards)) or 'nobody'}; the last process merges")
+        print(
+            f"nothing left to claim; {left} shards with {', '.join(owners([i.folder for i in items])) or 'nobody'}; the last process merges"
+        )
         return 0
     merge(folder, prompts, shards)
     return 0
@@ -114,13 +125,14 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
         with writing(folder, fix="choose another --output_dir"):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(path, plan)  # processes that start at once write the same
-        flags: dict[str, Any] = {"config": config.to_dict(), "command": command, "environment": environment()}
-        RunFolder.create(folder, kind="infer", folder_flag="--output_dir", resume=True, shared=True, **flags)
     found = read_json(path)
     if found != plan:
         was, now = found | found.get("config", {}), plan | config_kept
         differing = sorted(k for k in now if k != "config" and was.get(k) != now[k])
         raise UsageError(f"holds other work ({', '.join(differing)} differ)", where=path, fix="choose another --output_dir")
+    if not (folder / "run.json").exists():  # begun now, or by a process that was killed before it came to this
+        flags: dict[str, Any] = {"config": config.to_dict(), "command": command, "environment": environment()}
+        RunFolder.create(folder, kind="infer", folder_flag="--output_dir", resume=True, shared=True, **flags)
     return plan
 
 
@@ -129,183 +141,123 @@ def _adapter_folders(config: InferConfig, prompts: PromptFile) -> dict[str, Path
     return ({} if merged is None else {"--adapter_dir": merged}) | prompts.adapters.folders
 
 
-class _Shard:
-    """The computation of one claimed shard."""
+def _child_settings(config: InferConfig) -> dict[str, Any]:
+    free = {"shards": None, "processes": 1, "rows": None, "output_dir": None, "leave_early": False, "resume": False, "retry_failed": False}
+    return config.to_dict() | free | {"output_order": "finished", "output_format": "lorabatch"}
 
-    def __init__(self, claim: Claim, config: InferConfig, signals: StopSignals, cores: Sequence[int] | None, place: int) -> None:
-        self._claim, self._config, self._signals = claim, config, signals
-        self._cores, self._place = cores, place
+
+@dataclass(frozen=True)
+class _Item:
+    """What is claimed as one: the prompts of a shard, or those of a finished shard that are tried once more."""
+
+    folder: Path  # of its claims
+    shard: Path  # below which completions of its prompts may lie
+    spans: tuple[tuple[int, int], ...]
+
+
+def _retries(items: list[_Item]) -> Iterator[_Item]:
+    """The failed requests of shards that are done. Processes that begin together share them; one that begins later tries again."""
+    for item in items:
+        failed = failed_prompts(item.shard) if is_done(item.shard) else []
+        if failed:
+            starts = [i for i in failed if i - 1 not in failed]
+            ends = [i + 1 for i in failed if i + 1 not in failed]
+            number = 1 + sum(map(is_done, item.shard.glob("retry-*")))
+            yield _Item(item.shard / f"retry-{number:03d}", item.shard, tuple(zip(starts, ends, strict=True)))
+
+
+@dataclass
+class _Seen:
+    """By one worker, over all its shards."""
+
+    quarantined: int = 0
+
+
+class _Shard:
+    """The computation of one claimed item."""
+
+    def __init__(self, claim: Claim, item: _Item, config: InferConfig, child: RangeChild, seen: _Seen) -> None:
+        self._claim, self._item, self._config, self._child, self._seen = claim, item, config, child, seen
         self._files: list[Path] = []
         self._quarantined: list[str] = []
+        self._work_keys: set[str] = set()
         self._started = time.perf_counter()
 
-    def complete(self, first: int, end: int) -> None:
+    def complete(self) -> None:
         claim = self._claim
-        claim.outputs.mkdir(exist_ok=True)
-        settings = replace(
-            self._config,
-            shards=None,
-            processes=1,
-            rows=None,
-            output_dir=None,
-            leave_early=False,
-            resume=False,
-            output_order="finished",
-            output_format="lorabatch",
-        )
-        self._settings = claim.outputs / "settings.toml"
-        self._settings.write_text(settings.to_toml(), encoding="utf-8")
-        self._range(first, end)
+        with writing(claim.outputs):
+            claim.outputs.mkdir(exist_ok=True)
+        for first, end in self._item.spans:
+            self._range(first, end)
         files = [str(path.relative_to(claim.folder)) for path in self._files]
-        seconds = time.perf_counter() - self._started
-        claim.finish({"files": files, "quarantined": self._quarantined, "seconds": seconds, "host": os.uname().nodename, "at": utc_now()})
+        facts = {"seconds": time.perf_counter() - self._started, "host": os.uname().nodename, "at": utc_now()}
+        claim.finish({"files": files, "quarantined": self._quarantined, "work_keys": sorted(self._work_keys), **facts})
 
     def _range(self, first: int, end: int) -> None:
         """Completions of prompts first..end-1: by one process, or in halves if that died on them, now or under an earlier claim."""
         folder = self._claim.outputs / f"{first}-{end}"
-        reason = "its claim was abandoned" if self._died_before(folder.name) else self._one_process(first, end, folder)
-        if reason is None:
-            self._files.append(folder / "completions.jsonl")
-        elif end - first > 1:
-            print(f"the process of prompts {first} to {end - 1} died ({reason}): going on in halves", flush=True)
-            middle = (first + end) // 2
-            self._range(first, middle)
-            self._range(middle, end)
-        else:
-            self._quarantine(first, folder, reason)
+        while True:
+            deaths = self._deaths(first, end)
+            if end - first == 1 and len(deaths) >= TRIES_ALONE:
+                return self._quarantine(first, folder, deaths[-1])
+            if end - first > 1 and (deaths or self._owners_lost(folder.name) >= LEFT_BEHIND):
+                print(f"prompts {first} to {end - 1}: going on in halves ({deaths[-1] if deaths else 'owners lost'})", flush=True)
+                middle = (first + end) // 2
+                self._range(first, middle)
+                return self._range(middle, end)
+            if self._one_process(first, end, folder):
+                return None
 
-    def _died_before(self, name: str) -> bool:
+    def _deaths(self, first: int, end: int) -> list[str]:
+        """Why processes died that had begun on exactly this range, under any claim whose owner lived to see it."""
+        found = []
+        for path in sorted(self._claim.folder.glob("output-*/deaths.jsonl")):
+            if not path.with_name(VOID).exists():
+                for death in read_jsonl(path):
+                    if (death["first"], death["end"]) == (first, end):
+                        found.append(death["reason"])
+                        self._work_keys.add(death["work_key"])
+        return found
+
+    def _owners_lost(self, name: str) -> int:
         claim = self._claim
-        return any((claim.folder / f"output-{g:03d}" / name).exists() and died(claim.folder, g) for g in range(claim.generation))
+        begun = [g for g in range(claim.generation) if (claim.folder / f"output-{g:03d}" / name).exists()]
+        return sum(abandoned_earlier(claim.folder, generation) for generation in begun)
 
-    def _one_process(self, first: int, end: int, folder: Path) -> str | None:
-        """None when every request of the range has its record, else why the process died."""
-        folder.mkdir(exist_ok=True)
-        with (folder / "completions.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(dumps(record) + "\n" for record in self._finished_earlier(first, end))
-        words: list[str | Path] = ["infer", "--config", self._settings, "--rows", f"{first}:{end}", "--output_dir", folder, "--resume"]
-        ended = run_child(words, folder / "log.txt", self._signals, cores=self._cores, place=self._place)
+    def _one_process(self, first: int, end: int, folder: Path) -> bool:
+        """Whether every request of the range has its record; if not, the death of the process is on record."""
+        ended = self._child.complete(folder, rows=f"{first}:{end}", earlier=[str(p) for p in completion_files(self._item.shard)])
         if ended.code == 0 or (ended.code == 65 and self._all_recorded(folder, first, end)):
-            return None
+            self._files.append(folder / "completions.jsonl")
+            self._work_keys.add(self._child.work_key or "")
+            return True
         ended.raise_mistake()
-        return ended.reason
-
-    def _finished_earlier(self, first: int, end: int) -> list[dict[str, Any]]:
-        """Records of this range from every process that worked on this shard before."""
-        found = {}
-        for path in sorted(self._claim.folder.glob("output-*/*/completions.jsonl")):
-            for record in read_jsonl(path):
-                if first <= record["index"] < end and record["key"] != NO_KEY:
-                    found[record["index"], record["sample"]] = record
-        return list(found.values())
+        with JsonlWriter(self._claim.outputs / "deaths.jsonl") as file:
+            file.write({"first": first, "end": end, "reason": ended.reason, "work_key": self._child.work_key, "at": utc_now()})
+        return False
 
     def _all_recorded(self, folder: Path, first: int, end: int) -> bool:
-        return {r["index"] for r in read_jsonl(folder / "completions.jsonl")} == set(range(first, end))
+        return {r["index"] for r in completions(folder / "completions.jsonl")} == set(range(first, end))
 
     def _quarantine(self, index: int, folder: Path, reason: str) -> None:
-        """An error record for every completion that this prompt still owes."""
-        folder.mkdir(exist_ok=True)
-        path = folder / "completions.jsonl"
-        earlier = self._finished_earlier(index, index + 1)
+        """An error record for every completion of this prompt; merging prefers those that are finished, whoever wrote them."""
+        if self._seen.quarantined and not self._anything_completed():
+            (self._claim.outputs / VOID).touch()
+            fix = f"mend the cause ({folder / 'log.txt'}) and run the same command again, with --retry_failed"
+            raise LorabatchError(f"every process dies, not only those of some prompts ({reason})", where=self._claim.folder, fix=fix)
+        self._seen.quarantined += 1
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         config = replace(self._config, rows=f"{index}:{index + 1}")
         merged = merged_adapter(config)
-        owed = [r for r in PromptFile(Path(config.prompts), config) if r.sample not in {e["sample"] for e in earlier}]
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(dumps(record) + "\n" for record in earlier)
-            for request in owed:
+        requests = list(PromptFile(Path(config.prompts), config))
+        with replacing(folder / "quarantine.jsonl") as file:
+            for request in requests:
                 request.error = QUARANTINE.format(reason=reason)
                 record = completion_record(request, None, key=NO_KEY, adapter=None if merged is None else str(merged))
-                file.write(dumps(record) + "\n")
-        self._quarantined += [request.id for request in owed[:1]]  # of the prompt: once, however many it owes
-        self._files.append(path)
-        if len(self._quarantined) > 1 and not self._finished_earlier(0, sys.maxsize):
-            fix = f"mend the cause ({folder / 'log.txt'}) and run the same command again"
-            raise LorabatchError(f"every process dies, not only those of some prompts ({reason})", where=self._claim.folder, fix=fix)
+                file.write(dumps(record).encode() + b"\n")
+        self._quarantined.append(requests[0].id)  # the prompt once, however many completions it owes
+        self._files += [path for path in (folder / "completions.jsonl", folder / "quarantine.jsonl") if path.exists()]
 
-
-def merge(folder: Path, prompts: PromptFile, shards: list[Path]) -> None:
-    """Write ``completions.jsonl`` and ``metrics.json`` from finished shards. DataError unless every request has exactly one record."""
-    done = [read_json(shard / DONE) for shard in shards]
-    requests = iter(prompts)
-    totals = _Totals()
-    with replacing(folder / "completions.jsonl") as file:
-        for shard, record in zip(shards, done, strict=True):
-            for completion in _in_order(shard, record["files"]):
-                request = next(requests, None)
-                place = tuple(completion[k] for k in ("index", "sample", "id"))
-                if request is None or (request.index, request.sample, request.id) != place:
-                    what = f"completion {completion['id']!r} stands where the input has {request.id if request else 'its end'!r}"
-                    raise DataError(what, where=shard, fix="did the prompt file change? remove the output folder and begin again")
-                totals.add(completion)
-                file.write(dumps(completion).encode() + b"\n")
-    missing = next(requests, None)
-    if missing is not None:
-        raise DataError(f"no completion for {missing.id!r}", where=folder, fix="remove the output folder and begin again")
-    quarantined = [id for record in done for id in record["quarantined"]]
-    pieces = [shard / Path(file).parent for shard, record in zip(shards, done, strict=True) for file in record["files"]]
-    figures = totals.metrics(pieces) | {"shards": len(shards), "quarantined": quarantined}
-    write_json(folder / "metrics.json", figures)
-    record = read_json(folder / "run.json")
-    if record["config"]["output_format"] == "openai":
-        name, path = record["config"]["base_model"], folder / "batch_output.jsonl"
-        adapters = [entry.partition("=")[0] for entry in record["config"]["adapters"]]
-        write_openai_file(path, folder / "completions.jsonl", model=name, created=int(time.time()), adapters=adapters)
-    first = read_json(pieces[0] / "run.json") if (pieces[0] / "run.json").exists() else {}
-    shared = {k: first.get(k) for k in ("model", "device", "dtype", "threads", "backend", "gpu")}
-    RunFolder(folder, record).finish("completed", failed=totals.failed, **shared)
-    counts = f"{totals.completed} completed, {totals.failed} failed of {len(prompts)}"
-    print(f"{counts}, every request exactly once: {folder / 'completions.jsonl'}")
-    if not totals.completed:
-        raise DataError("every request failed", where=folder / "completions.jsonl", fix="see the 'error' of its lines")
-    if quarantined:
-        print(f"in quarantine, because their processes died: {', '.join(quarantined)}")
-
-
-def _in_order(shard: Path, files: list[str]) -> list[dict[str, Any]]:
-    """A shard's records by place in the input. A request that two claims computed counts once."""
-    found = {(r["index"], r["sample"]): r for file in files for r in read_jsonl(shard / file)}
-    return [found[place] for place in sorted(found)]
-
-
-class _Totals:
-    """Counts and latencies over all completions."""
-
-    def __init__(self) -> None:
-        self.completed = self.failed = self._tokens_in = self._tokens_out = 0
-        self._times: dict[str, list[float]] = {"queue_ms": [], "ttft_ms": [], "tpot_ms": [], "e2el_ms": []}
-
-    def add(self, record: dict[str, Any]) -> None:
-        if record["error"] is not None:
-            self.failed += 1
-            return
-        self.completed += 1
-        tokens = record["output_tokens"]
-        self._tokens_in += record["input_tokens"]
-        self._tokens_out += tokens
-        for name in ("queue_ms", "ttft_ms", "e2el_ms"):
-            self._times[name].append(record[name])
-        if tokens > 1:
-            self._times["tpot_ms"].append((record["e2el_ms"] - record["ttft_ms"]) / (tokens - 1))
-
-    def metrics(self, pieces: list[Path]) -> dict[str, Any]:
-        """``duration_s`` is wall time from the first process's start to the last one's end, waits in the queue included."""
-        runs = [read_json(piece / "run.json") for piece in pieces if (piece / "run.json").exists()]
-        spans = [(datetime.fromisoformat(r["started_at"]), datetime.fromisoformat(r["finished_at"])) for r in runs if r["finished_at"]]
-        wall_s = (max(end for _, end in spans) - min(start for start, _ in spans)).total_seconds() if spans else 0.0
-        busy = [read_json(piece / "metrics.json")["duration_s"] for piece in pieces if (piece / "metrics.json").exists()]
-        return {
-            "schema_version": 1,
-            "kind": "infer",
-            "iterations": 1,
-            "duration_s": wall_s,
-            "processes_s": sum(busy),
-            "completed": self.completed,
-            "failed": self.failed,
-            "total_input_tokens": self._tokens_in,
-            "total_output_tokens": self._tokens_out,
-            "request_throughput": rate(self.completed, wall_s),
-            "output_throughput": rate(self._tokens_out, wall_s),
-            "total_token_throughput": rate(self._tokens_in + self._tokens_out, wall_s),
-            "tokens_per_s": rate(self._tokens_out, wall_s),
-            **{name: value for what, values in self._times.items() for name, value in summary(what, values).items()},
-        }
+    def _anything_completed(self) -> bool:
+        return any(record["error"] is None for path in completion_files(self._item.shard.parent) for record in completions(path))

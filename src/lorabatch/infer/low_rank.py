@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorabatch.model.attention import Segment
 from lorabatch.model.decoder import Decoder
-from lorabatch.model.linear import Dense, FrozenLinear, Prepacked, Product, can_prepack
+from lorabatch.model.linear import Dense, FrozenLinear, Product, packed_product
 from lorabatch.model.lora import LoraWeights
 
 
@@ -57,7 +57,7 @@ class GroupedProduct:
         """like: a tensor of the decoder's type and device."""
         self.base, self._groups = base, groups
         # Either's rows do not depend on how many there are.
-        kind = Prepacked if like.device.type == "cpu" and can_prepack(like.dtype) else Dense
+        kind = packed_product if like.device.type == "cpu" else Dense
         self._updates: list[list[tuple[slice, Product, Product]]] = []  # of each adapter: the part's columns, A and B with the scale
         for adapter in adapters:
             self._updates.append([])

@@ -5,18 +5,15 @@ Shapes: O output features, I input features, r rank.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lorabatch.kernels import library
 from lorabatch.model.linear import Part
 from lorabatch.model.lora import LoraWeights
-
-PANEL = 48
+from lorabatch.model.panels import PANEL, panels, whole
 
 
 @dataclass(frozen=True)
@@ -31,28 +28,13 @@ class PackedWeight:
 def pack(weight: Tensor, *, quantize: str) -> PackedWeight:
     """int8: symmetric per output row, the largest magnitude becomes 127."""
     if quantize == "none":
-        return PackedWeight(_panels(weight), None, None)
+        return PackedWeight(panels(weight), None, None)
     wide = weight.float()
     scales = wide.abs().amax(dim=1) / 127
     values = (wide / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8)
-    padded = torch.zeros(2, _whole(len(scales), PANEL))
+    padded = torch.zeros(2, whole(len(scales), PANEL))
     padded[0, : len(scales)], padded[1, : len(scales)] = scales, 128 * values.sum(dim=1, dtype=torch.float32)
-    return PackedWeight(_panels(values), padded[0].contiguous(), padded[1].to(torch.int32))
-
-
-def _panels(values: Tensor, columns: int = PANEL) -> Tensor:
-    values = values.contiguous()
-    out = torch.empty(_whole(values.shape[0], columns), values.shape[1], dtype=values.dtype)
-    kernels = library("step")
-    assert kernels is not None  # ``unsupported`` was asked first
-    count = [ctypes.c_int64(x) for x in (*values.shape, values.element_size(), columns)]
-    kernels.lb_pack(ctypes.c_void_p(values.data_ptr()), *count, ctypes.c_void_p(out.data_ptr()))
-    return out
-
-
-def _whole(count: int, size: int) -> int:
-    """``count`` rounded up to a multiple of ``size``."""
-    return -(-count // size) * size
+    return PackedWeight(panels(values), padded[0].contiguous(), padded[1].to(torch.int32))
 
 
 @dataclass(frozen=True)
@@ -67,15 +49,15 @@ class LowRankBank:
 
 def low_rank_bank(part: Part, in_features: int, adapters: Sequence[LoraWeights], dtype: torch.dtype) -> LowRankBank | None:
     """None if no adapter touches the part. Adapters of smaller rank, or without this part, are filled up with zeros."""
-    rank = _whole(max((a.pairs[part.path][0].shape[0] for a in adapters if part.path in a.pairs), default=0), 2)  # whole words in bf16
+    rank = whole(max((a.pairs[part.path][0].shape[0] for a in adapters if part.path in a.pairs), default=0), 2)  # whole words in bf16
     if not rank:
         return None
-    vectors = PANEL // 16 if _whole(rank, 16) % PANEL == 0 else 1  # rank 16 would waste two thirds of a wide panel
+    vectors = PANEL // 16 if whole(rank, 16) % PANEL == 0 else 1  # rank 16 would waste two thirds of a wide panel
     out_features, count = part.stop - part.start, len(adapters)
-    a = torch.zeros(count, _whole(rank, vectors * 16), in_features, dtype=dtype)  # whole panels each, so that one packing does all
-    b = torch.zeros(count, _whole(out_features, PANEL), rank, dtype=dtype)
+    a = torch.zeros(count, whole(rank, vectors * 16), in_features, dtype=dtype)  # whole panels each, so that one packing does all
+    b = torch.zeros(count, whole(out_features, PANEL), rank, dtype=dtype)
     for i, adapter in enumerate(adapters):
         if part.path in adapter.pairs:
             own_a, own_b = adapter.scaled(part.path)
             a[i, : len(own_a)], b[i, :out_features, : len(own_a)] = own_a, own_b
-    return LowRankBank(_panels(a.flatten(0, 1), vectors * 16), _panels(b.flatten(0, 1)), rank, vectors)
+    return LowRankBank(panels(a.flatten(0, 1), vectors * 16), panels(b.flatten(0, 1)), rank, vectors)

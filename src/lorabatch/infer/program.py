@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lorabatch.errors import LorabatchError
 from lorabatch.infer.packed import low_rank_bank, pack
 from lorabatch.kernels import library
 from lorabatch.model.decoder import Decoder, Layer, Norm
@@ -26,8 +27,8 @@ from lorabatch.model.spec import ModelSpec
 OPERATIONS = ("embedding", "norms", "products", "cache writes", "attention", "activation", "quantisation", "adapters")
 EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE, LOW_RANK = range(len(OPERATIONS))
 OVERWRITE, ADD_TO_RESIDUAL, LOGITS, GREEDY = range(4)
-PAGE, MAX_QUERIES, TILE_ROWS = 64, 6, 8
-HAS_BF16, HAS_INT8 = 1, 2
+PAGE, STRIP = 64, 8
+MISFITS = ("", "tokens", "outputs", "token id", "position", "slot", "groups", "adapters")  # Misfit of step.cpp
 PARAMS_PER_THREAD = 1 << 20  # multiplications that make another thread worth waking, about 10 us
 
 
@@ -46,22 +47,20 @@ class _Step(ctypes.Structure):
         ("strips", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("strip_starts", "strip_lengths", "strip_adapters")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "capacity", "threads", "scratch_floats")),
+        *((name, ctypes.c_int64) for name in ("max_tokens", "num_slots", "vocab_size", "num_adapters")),
         *((name, ctypes.c_void_p) for name in ("scratch", "greedy", "greedy_value", "greedy_id", "seconds")),
     )
 
 
-def unsupported(spec: ModelSpec, dtype: torch.dtype, device: torch.device, *, quantize: str = "none") -> str | None:
+def unsupported(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why this model cannot run as a program on this machine; None if it can."""
     if device.type != "cpu":
         return f"the kernels are for CPUs, not for {device.type}"
     kernels = library("step")
     if kernels is None:
         return "no kernels on this machine"
-    features = int(kernels.lb_features())
-    if dtype not in (torch.float32, torch.bfloat16) or (dtype == torch.bfloat16 and not features & HAS_BF16):
+    if dtype not in (torch.float32, torch.bfloat16):
         return f"no kernel for {dtype}"
-    if quantize == "int8" and not features & HAS_INT8:
-        return "this processor has no 8-bit dot products (AVX512-VNNI)"
     if spec.family == "gpt2" and spec.activation == "gelu":
         return "the exact GELU has no kernel"
     sizes = (spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim)
@@ -92,7 +91,7 @@ class Program:
         kernels = library("step")
         assert kernels is not None
         self._run = kernels.lb_run
-        self._run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p), ctypes.c_int64
         width = max(spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim)
         qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
         gate = spec.intermediate_size * (2 if spec.family == "llama" else 1)
@@ -110,6 +109,8 @@ class Program:
         self._head[0].mode = 1
         self._step = _Step(bf16=int(self.dtype == torch.bfloat16), heads=spec.num_heads, kv_heads=spec.num_kv_heads)
         self._step.head_dim, self._step.capacity = spec.head_dim, self.capacity
+        self._step.max_tokens, self._step.num_slots = max_tokens, cache.shape[2]
+        self._step.vocab_size, self._step.num_adapters = decoder.embedding.shape[0], len(adapters)
         self._set_threads()
 
     def run(
@@ -124,7 +125,6 @@ class Program:
 
         Rows that are neighbours in one slot may form a group (``group_starts``, with the end). adapters: of each row, -1 for none.
         """
-        assert len(token_ids) <= self.max_tokens
         strips = _strips(adapters) if adapters and self._adapters else ([], [], [])
         inputs = [torch.tensor(x, dtype=torch.int32) for x in (token_ids, positions, slots, group_starts, *strips)]
         step = self._step
@@ -150,7 +150,8 @@ class Program:
         hidden = hidden.contiguous()
         norm, product = self._head
         norm.a, product.mode, product.out = hidden.data_ptr(), mode, None if out is None else out.data_ptr()
-        self._step.outputs = len(hidden)
+        step = self._step
+        step.outputs, step.tokens, step.groups, step.strips = len(hidden), 0, 0, 0
         self._call(self._head)
 
     def _call(self, ops: Any) -> None:
@@ -160,13 +161,17 @@ class Program:
         # Threads that have less to do than they need to meet cost more than they bring, above all on busy cores.
         self._step.threads = max(1, min(self._threads, rows * self.spec.num_matmul_params // PARAMS_PER_THREAD))
         self._step.seconds = None if self.seconds is None else ctypes.addressof(self.seconds)
-        self._run(ctypes.addressof(ops), len(ops), ctypes.addressof(self._step))
+        wrong = self._run(ctypes.addressof(ops), len(ops), ctypes.addressof(self._step))
+        if wrong:  # found before anything was read or written
+            raise LorabatchError(
+                f"a step does not fit what was recorded: {MISFITS[wrong]}", where="kernels", fix="this is an error of lorabatch"
+            )
 
     def _set_threads(self) -> None:
         threads, spec = torch.get_num_threads(), self.spec
         self._threads = threads
         wide = max(spec.intermediate_size, spec.hidden_size, spec.num_heads * spec.head_dim)
-        floats = max(MAX_QUERIES * self.capacity, wide, TILE_ROWS * self._max_rank) + 64  # + 64: threads share no cache line
+        floats = max(max_queries(self.dtype) * self.capacity, wide, STRIP * self._max_rank) + 64  # + 64: threads share no cache line
         self._scratch = torch.zeros(threads, floats)
         self._greedy = torch.zeros(self.max_tokens, dtype=torch.int32)
         self._best = torch.zeros(2, threads, self.max_tokens)
@@ -284,19 +289,25 @@ def rope_table(decoder: Decoder, positions: int) -> Tensor | None:
 
 
 @functools.cache
-def group_size(spec: ModelSpec) -> int:
-    """Neighbouring rows of one slot that attend together: as many as fill the kernel's registers."""
-    return max(1, MAX_QUERIES // spec.group_size)
+def max_queries(dtype: torch.dtype) -> int:
+    """Query vectors that attend together: as many as fill the kernel's registers, or a tile."""
+    kernels = library("step")
+    return int(kernels.lb_max_queries(int(dtype == torch.bfloat16))) if kernels is not None else 1
+
+
+def group_size(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Neighbouring rows of one slot that attend together."""
+    return max(1, max_queries(dtype) // spec.group_size)
 
 
 def _strips(adapters: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """First row, length and adapter of runs of up to TILE_ROWS neighbouring rows with one adapter: [0, 0, -1, 1] -> ([0, 3], [2, 1], [0, 1])."""
+    """First row, length and adapter of runs of up to STRIP neighbouring rows with one adapter: [0, 0, -1, 1] -> ([0, 3], [2, 1], [0, 1])."""
     starts: list[int] = []
     lengths: list[int] = []
     chosen: list[int] = []
     previous = -1
     for row, adapter in enumerate(adapters):
-        if adapter == previous and adapter >= 0 and lengths[-1] < TILE_ROWS:
+        if adapter == previous and adapter >= 0 and lengths[-1] < STRIP:
             lengths[-1] += 1
         elif adapter >= 0:
             starts.append(row)

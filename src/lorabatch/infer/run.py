@@ -36,11 +36,13 @@ def default_output_dir(config: InferConfig) -> Path:
     return Path("results") / f"infer-{model}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def run_inference(config: InferConfig, command: list[str]) -> int:
-    """Returns the exit code; raises LorabatchError for what the user can mend."""
+def run_inference(config: InferConfig, command: list[str], kept: Kept | None = None) -> int:
+    """Returns the exit code; raises LorabatchError for what the user can mend. kept: what an earlier run with these settings loaded."""
     hub.prepare_environment()
     if config.resume and not config.output_dir:
         raise UsageError("needs to know which run", where="--resume", fix="name it with --output_dir")
+    if config.retry_failed and not config.resume:
+        raise UsageError("needs a run to go on with", where="--retry_failed", fix="add --resume and --output_dir, or --shards")
     phases = Phases()
     prompts = PromptFile(Path(config.prompts), config)
     phases.end("check")
@@ -65,7 +67,7 @@ def run_inference(config: InferConfig, command: list[str]) -> int:
     )
     try:
         with StopSignals() as signals:
-            failed, total = _infer(run, config, source, prompts, phases, signals)
+            failed, total = _infer(run, config, source, prompts, phases, signals, kept)
             if signals.received:
                 raise InterruptedRun(
                     f"stopped by {signals.received.name}; finished requests are saved",
@@ -94,9 +96,20 @@ class _Loaded:
     merged: Callable[[Path], Any]  # the model with the adapter of a folder merged in
     work_key: str  # what, besides a request itself, its completion depends on
     limit: int  # positions of prompt and completion together
+    facts: dict[str, Any]  # what run.json says of it
 
 
-def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> _Loaded:
+@dataclass
+class Kept:
+    """What a process that completes one range of prompts after another has from the first one on; ``lasting`` in such a process."""
+
+    loaded: _Loaded
+    session: Session | None = None
+    lasting: bool = False
+
+
+def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> _Loaded:
+    """The model and the adapters of a run, checked against each other."""
     from lorabatch.infer.runner import load_for_runner, programmed
     from lorabatch.model import load
     from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
@@ -124,15 +137,15 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, names: A
     bank_bytes = sum(w.num_params for w in bank) * dtype.itemsize
     limit = min(model.max_positions, config.max_len or model.max_positions)
     adapter = str(adapter_dir) if adapter_dir else None
-    run.save(
-        model={"name": source.name, "revision": source.revision, "fingerprint": model.base_fingerprint, "adapter": adapter},
-        device=str(device),
-        dtype=TYPE_NAMES[dtype],
-        threads=threads,
-        backend=model.backend,
-        cpu_kernels=kernels,
-        gpu=gpu_description(),
-    )
+    facts = {
+        "model": {"name": source.name, "revision": source.revision, "fingerprint": model.base_fingerprint, "adapter": adapter},
+        "device": str(device),
+        "dtype": TYPE_NAMES[dtype],
+        "threads": threads,
+        "backend": model.backend,
+        "cpu_kernels": kernels,
+        "gpu": gpu_description(),
+    }
     precision = TYPE_NAMES[dtype] if config.quantize == "none" else f"{config.quantize} weights, {TYPE_NAMES[dtype]} cache"
     words = ", own kernels" if kernels else ""
     print(f"base {source.name} ({precision} on {device}, {threads} threads{words}), {_adapter_words(adapter, names, bank_bytes)}")
@@ -141,7 +154,7 @@ def _load(run: RunFolder, config: InferConfig, source: hub.ModelSource, names: A
     work_key += "".join(f" {name}={digest}" for name, digest in zip(names.folders, digests, strict=True))
     work_key += "" if apart else " merged"  # rounds otherwise, so it is other work
     eos_ids = load.end_tokens(source.path, model_config, tokenizer)
-    return _Loaded(model, tokenizer, eos_ids, adapter, bank, bank_bytes, load_merged, work_key, limit)
+    return _Loaded(model, tokenizer, eos_ids, adapter, bank, bank_bytes, load_merged, work_key, limit, facts)
 
 
 def _read_adapters(model: Any, names: AdapterNames, *, apart: bool) -> tuple[tuple[LoraWeights, ...], list[str]]:
@@ -174,18 +187,24 @@ def _infer(
     prompts: PromptFile,
     phases: Phases,
     signals: StopSignals,
+    kept: Kept | None,
 ) -> tuple[int, int]:
     """(failed, all) requests of this run, earlier finished ones included."""
     with SystemSampler(run.path / "system.jsonl") as sampler:
         from lorabatch.infer import metrics, sink
 
-        loaded = _load(run, config, source, prompts.adapters)
+        kept = kept or Kept(load(config, source, prompts.adapters))
+        loaded = kept.loaded
+        run.save(**loaded.facts)
         phases.end("load")
         completions = run.path / "completions.jsonl"
         done, failed = sink.finished_earlier(completions, prompts, loaded.work_key)
+        if config.retry_failed and failed:
+            sink.drop_failed(completions)
+            done, failed = sink.finished_earlier(completions, prompts, loaded.work_key)
         passes: list[metrics.Pass] = []
         with run.jsonl(completions.name) as file:
-            work = _Work(prompts, loaded, config, done, failed, file)
+            work = _Work(prompts, kept, config, done, failed, file)
             for model, mask in _turns(loaded, config, prompts, done) if 0 in done else ():
                 phases.end("load")
                 passes += work.run(model, mask, phases, signals)
@@ -234,8 +253,9 @@ def _turns(loaded: _Loaded, config: InferConfig, prompts: PromptFile, done: byte
 class _Work:
     """The requests that are left, where their completions go, and what is shown of them."""
 
-    def __init__(self, prompts: PromptFile, loaded: _Loaded, config: InferConfig, done: bytearray, failed: int, file: JsonlWriter) -> None:
-        self._prompts, self._loaded, self._config, self._done, self._file = prompts, loaded, config, done, file
+    def __init__(self, prompts: PromptFile, kept: Kept, config: InferConfig, done: bytearray, failed: int, file: JsonlWriter) -> None:
+        self._prompts, self._kept, self._config, self._done, self._file = prompts, kept, config, done, file
+        self._loaded = kept.loaded
         self.completed, self.failed, self.num_slots = sum(done) - failed, failed, 1
         left = len(prompts) - sum(done)
         self.progress = Progress(sum(done) + left * config.iters, unit="request", description="infer", done=sum(done))
@@ -247,17 +267,19 @@ class _Work:
 
         loaded, config, left = self._loaded, self._config, len(mask) - sum(mask)
         feed = self.feed(mask, record=True)
-        capacity = feed.likely_capacity()
-        session = Session(
+        lasting = self._kept.lasting and model is loaded.model
+        session = (self._kept.session if lasting else None) or Session(
             model,
             loaded.tokenizer,
             loaded.eos_ids,
             config,
-            num_requests=left,
-            capacity=capacity,
+            num_requests=config.batch_size if lasting else left,  # the next range may have more
+            capacity=feed.likely_capacity(),
             bank=loaded.bank,
             bank_bytes=loaded.bank_bytes,
         )
+        if lasting:
+            self._kept.session = session
         phases.end("tokenise")
         session.prepare()
         phases.end("pack")

@@ -102,7 +102,7 @@ class ProgramRunner:
         """max_tokens: of one call of the kernels; larger steps are cut, which changes no bit."""
         self.cache = KVCache(model.spec, num_slots=num_slots, capacity=capacity, dtype=model.decoder.dtype, device=model.decoder.device)
         self._program = Program(model.decoder, cache=self.cache.data, max_tokens=max_tokens, quantize=quantize, adapters=adapters)
-        self._group_size, self._max_tokens, self._apart = group_size(model.spec), max_tokens, bool(adapters)
+        self._group_size, self._max_tokens, self._apart = group_size(model.spec, model.decoder.dtype), max_tokens, bool(adapters)
         self.logits, self.greedy = self._program.logits, self._program.greedy
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -168,7 +168,7 @@ def make_runner(
 
 def programmed(spec: ModelSpec | None, dtype: torch.dtype, device: torch.device, *, quantize: str) -> bool:
     """Whether a model runs as a recorded program here; spec: None if it has no native decoder. UnavailableError if only a program quantises."""
-    why = "it has no native decoder" if spec is None else unsupported(spec, dtype, device, quantize=quantize)
+    why = "it has no native decoder" if spec is None else unsupported(spec, dtype, device)
     if why is not None and quantize != "none":
         raise UnavailableError(f"not possible here: {why}", where=f"--quantize {quantize}", fix="use --quantize none")
     return why is None

@@ -16,10 +16,12 @@ from lorabatch.config import InferConfig
 from lorabatch.errors import UnavailableError
 from lorabatch.infer.engine import Engine, PassStats
 from lorabatch.infer.feed import Feed
+from lorabatch.infer.program import unsupported
 from lorabatch.infer.requests import Request
 from lorabatch.infer.runner import Runner, make_runner
 from lorabatch.model.device import free_bytes, out_of_memory
 from lorabatch.model.hf import HfModel
+from lorabatch.model.linear import rows_are_independent
 from lorabatch.model.load import Model
 from lorabatch.model.lora import LoraWeights
 from lorabatch.model.native import NativeModel
@@ -45,17 +47,27 @@ class Session:
         self._model, self._tokenizer, self._eos_ids, self._config = model, tokenizer, eos_ids, config
         self._bank, self._bank_bytes = bank, bank_bytes
         self.num_slots, self.capacity = max(1, min(config.batch_size, num_requests)), capacity
-        if config.deterministic:
-            self._make_deterministic()
+        self._keep_promise(config.deterministic)
         self._order = config.order if config.order != "auto" else "adapter" if bank else "arrival"
         self._engine: Engine | None = None
 
-    def _make_deterministic(self) -> None:
-        if isinstance(self._model, NativeModel) and self._model.decoder.device.type == "cpu":
-            print("deterministic: on a CPU it always is, at no cost; a request's tokens are the same in any batch")
-        else:
+    def _keep_promise(self, deterministic: bool) -> None:
+        """A request's tokens do not depend on its neighbours: always so in the CPU kernels; elsewhere where sums allow it, or one at a time."""
+        decoder = self._model.decoder if isinstance(self._model, NativeModel) else None
+        if decoder is not None and decoder.device.type != "cpu":
+            decoder = None
+        if decoder is not None and (
+            unsupported(decoder.spec, decoder.dtype, decoder.device) is None or rows_are_independent(decoder.dtype)
+        ):
+            if deterministic:
+                print("deterministic: on this CPU it always is, at no cost; a request's tokens are the same in any batch")
+        elif deterministic:
             print("deterministic: one request at a time, because sums depend on the batch here (as fast as --batch_size 1)")
             self.num_slots = 1
+        elif decoder is not None:
+            print(
+                "a request's tokens may depend on its batch: torch's sums in this type do here; --dtype fp32 or --deterministic avoids it"
+            )
 
     def prepare(self) -> None:
         """Pack the weights and make the cache now, so that the first pass does not."""

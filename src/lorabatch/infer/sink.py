@@ -47,6 +47,12 @@ def finished_earlier(path: Path, prompts: PromptFile, work_key: str) -> tuple[by
     return done, failed
 
 
+def drop_failed(path: Path) -> None:
+    """Leave only the completions without an error, so that the others are tried again."""
+    with replacing(path) as file:
+        file.writelines(dumps(record).encode() + b"\n" for record in read_jsonl(path) if record["error"] is None)
+
+
 def lines_in_input_order(path: Path) -> Iterator[bytes]:
     """The lines sorted by their place in the input; 16 bytes a line are held, the texts stay on disk."""
     places, starts = array("q"), array("q", [0])

@@ -5,9 +5,14 @@
 // cache straight into dot-product instructions, without a sum across lanes. Pages always begin at multiples of 64 and masked
 // positions add exact zeros, so a row's result does not depend on how its prompt was cut, nor on its neighbours.
 #pragma once
-#include "simd.h"
+#include <algorithm>
+#include "gemm.h"
 
-constexpr int PAGE = 64, MAX_QUERIES = 6;
+constexpr int PAGE = 64;
+
+// Queries that share a pass over the keys: a tile of rows, or what fits the registers beside four vectors of keys.
+template <class T>
+constexpr int MAX_QUERIES = tiled<T> ? TILE_ROWS<T> : 6;
 
 template <class T>
 struct Cache {  // of one layer: keys and values are [slots][kv heads][capacity * D]
@@ -37,75 +42,44 @@ static void store_position(const Cache<T>& c, int64_t slot, int64_t h, int64_t p
     }
 }
 
-static inline __m512i word(const void* p, int64_t index) {
-    int32_t w;
-    std::memcpy(&w, (const char*)p + index * 4, 4);
-    return _mm512_set1_epi32(w);
-}
-
-// sum[r][j] = sum over i < steps of left[r][i] * block[i * stride + lane of vector j]; fetches `lines` cache lines of `coming` per step.
-template <class T, int R, int VECTORS, class Left>
-static inline void dots(const Left* const* left, const int32_t* block, int64_t stride, int64_t steps, const char* coming, int lines, __m512 (&result)[R][4]) {
-    __m512 sum[R][VECTORS];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; j++) sum[r][j] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < steps; i++) {
-        __m512i b[VECTORS];
-#pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; j++) b[j] = _mm512_loadu_si512(block + i * stride + j * 16);
-        for (int l = 0; l < lines; l++, coming += 64) _mm_prefetch(coming, _MM_HINT_T0);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) {
-            const __m512i a = word(left[r], i);
-#pragma GCC unroll 4
-            for (int j = 0; j < VECTORS; j++) sum[r][j] = T::dot(sum[r][j], a, b[j]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; j++) result[r][j] = sum[r][j];
-}
-
-// R query vectors (heads that share a key head, of one or more consecutive tokens) of one slot.
+// `queries` query vectors (heads that share a key head, of one or more consecutive tokens) of one slot; with vectors there are just R.
 // q[r]: [D]; last[r]: the newest position that r sees; first[r]: the oldest; scores: scratch [R][capacity] floats;
 // ahead: the keys that this thread will probably need next.
 template <class T, int R>
-static void attend(const Cache<T>& c, int64_t slot, int64_t h, const typename T::Value* const* q, const int64_t* first, const int64_t* last,
+static void attend(const Cache<T>& c, int64_t slot, int64_t h, int queries, const typename T::Value* const* q, const int64_t* first, const int64_t* last,
                    float scale, float* scores, typename T::Value* const* out, const void* ahead) {
     using Value = typename T::Value;
-    constexpr int P = T::per_dword;
+    constexpr int P = T::per_dword, WHOLE = std::max(16, STEPS<T> * P);  // positions that are read together
     const int64_t D = c.head_dim, words = D / P;
+    if constexpr (!tiled<T>) queries = R;  // known to the compiler
     int64_t begin = first[0], end = last[0];
-    for (int r = 1; r < R; r++) begin = first[r] < begin ? first[r] : begin, end = last[r] > end ? last[r] : end;
-    begin = begin / PAGE * PAGE, end = (end / 16 + 1) * 16;  // whole vectors; what lies beyond a row's last position weighs zero
+    for (int r = 1; r < queries; r++) begin = std::min(begin, first[r]), end = std::max(end, last[r]);
+    begin = begin / PAGE * PAGE, end = (end / WHOLE + 1) * WHOLE;  // what lies beyond a row's last position weighs zero
 
+    alignas(64) Value rows[R * 512];
+    for (int r = 0; r < queries; r++) std::memcpy(rows + r * D, q[r], D * sizeof(Value));
     const Value *keys = c.keys + c.head(slot, h), *values = c.values + c.head(slot, h);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512 top[R];
-    for (int r = 0; r < R; r++) top[r] = _mm512_set1_ps(-INFINITY);
-    for (int64_t page = begin; page < end; page += PAGE) {
-        const int vectors = (int)(end - page < PAGE ? end - page : PAGE) / 16;
-        __m512 sum[R][4];
-        const auto* block = (const int32_t*)(keys + page * D);
-        const char* coming = (const char*)(values + page * D);  // values of this page, wanted soon
-        vectors == 4 ? dots<T, R, 4>(q, block, PAGE, words, coming, 4, sum) : vectors == 3 ? dots<T, R, 3>(q, block, PAGE, words, coming, 3, sum)
-        : vectors == 2 ? dots<T, R, 2>(q, block, PAGE, words, coming, 2, sum) : dots<T, R, 1>(q, block, PAGE, words, coming, 1, sum);
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (int r = 0; r < R; r++)
-            for (int j = 0; j < vectors; j++) {
-                const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32((int)(page + j * 16)));
-                const __mmask16 seen = _mm512_cmple_epi32_mask(at, _mm512_set1_epi32((int)last[r])) &
-                                       _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32((int)first[r]));
-                const __m512 s = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, sum[r][j], _mm512_set1_ps(scale));
-                top[r] = _mm512_max_ps(top[r], s);
-                _mm512_storeu_ps(scores + r * c.capacity + page + j * 16, s);
-            }
-    }
+    for (int r = 0; r < queries; r++) top[r] = _mm512_set1_ps(-INFINITY);
+    for (int64_t page = begin; page < end; page += PAGE)
+        with_vectors(std::min<int64_t>(end - page, PAGE) / 16, [&](auto count) {
+            constexpr int V = decltype(count)::value;
+            __m512 sum[R][V];
+            multiply<T>(rows, words, keys + page * D, PAGE, words, sum, (const char*)(values + page * D), V, queries);  // values of this page, wanted soon
+            for (int r = 0; r < queries; r++)
+                for (int v = 0; v < V; v++) {
+                    const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32((int)(page + v * 16)));
+                    const __mmask16 seen = _mm512_cmple_epi32_mask(at, _mm512_set1_epi32((int)last[r])) &
+                                           _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32((int)first[r]));
+                    const __m512 s = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, sum[r][v], _mm512_set1_ps(scale));
+                    top[r] = _mm512_max_ps(top[r], s);
+                    _mm512_storeu_ps(scores + r * c.capacity + page + v * 16, s);
+                }
+        });
 
     float share[R];
-    for (int r = 0; r < R; r++) {  // softmax; the weights replace the scores, in the cache's type
+    for (int r = 0; r < queries; r++) {  // softmax; the weights replace the scores, in the cache's type
         const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(top[r]));
         float* row = scores + r * c.capacity;
         Value* weights = (Value*)row;
@@ -118,16 +92,13 @@ static void attend(const Cache<T>& c, int64_t slot, int64_t h, const typename T:
         share[r] = 1.0f / _mm512_reduce_add_ps(total);
     }
 
-    const void* weights[R];
-    for (int r = 0; r < R; r++) weights[r] = scores + r * c.capacity + begin * (int64_t)sizeof(Value) / 4;
-    for (int64_t d = 0; d < D; d += 64) {
-        const int vectors = (int)((D - d < 64 ? D - d : 64) / 16);
-        const auto* block = (const int32_t*)(values + begin * D) + d;
-        const int64_t steps = (end - begin) / P;
-        __m512 sum[R][4];
-        vectors == 4 ? dots<T, R, 4>(weights, block, D, steps, (const char*)ahead, 4, sum) : vectors == 3 ? dots<T, R, 3>(weights, block, D, steps, (const char*)ahead, 0, sum)
-        : vectors == 2 ? dots<T, R, 2>(weights, block, D, steps, (const char*)ahead, 0, sum) : dots<T, R, 1>(weights, block, D, steps, (const char*)ahead, 0, sum);
-        for (int r = 0; r < R; r++)
-            for (int j = 0; j < vectors; j++) T::store(out[r] + d + j * 16, _mm512_mul_ps(sum[r][j], _mm512_set1_ps(share[r])));
-    }
+    const void* weights = (const Value*)scores + begin;  // [queries][capacity words]
+    for (int64_t d = 0; d < D; d += 64)
+        with_vectors(std::min<int64_t>(D - d, 64) / 16, [&](auto count) {
+            constexpr int V = decltype(count)::value;
+            __m512 sum[R][V];
+            multiply<T>(weights, c.capacity, (const int32_t*)(values + begin * D) + d, D, (end - begin) / P, sum, (const char*)ahead, V == 4 ? 4 : 0, queries);
+            for (int r = 0; r < queries; r++)
+                for (int v = 0; v < V; v++) T::store(out[r] + d + v * 16, _mm512_mul_ps(sum[r][v], _mm512_set1_ps(share[r])));
+        });
 }

@@ -5,13 +5,13 @@
 // Activations: fp32 residual stream x [T, H]; everything else in the type that the program was recorded for.
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 #include "attend.h"
-#include "gemm.h"
 
 enum Kind : int64_t { EMBED, NORM, PRODUCT, STORE, ATTEND, ACTIVATE, QUANTISE, LOW_RANK, KINDS };
 enum Output : int64_t { OVERWRITE, ADD_TO_RESIDUAL, LOGITS, GREEDY };
 enum Weight : int64_t { NATIVE, INT8 };
+enum Misfit : int64_t { NONE, TOKENS, OUTPUTS, TOKEN_ID, POSITION, SLOT, GROUPS, ADAPTERS };
+constexpr int64_t STRIP = 8;
 
 struct Op {
     int64_t kind, mode, weight;  // mode: Output of a product; 1 = gated activation; 1 = the norm's rows are the outputs
@@ -28,10 +28,11 @@ struct Step {
     int64_t tokens, outputs, groups;
     const int32_t *token_ids, *positions, *slots;
     const int32_t* group_starts;  // [groups + 1]: rows that are attended together: neighbours of one slot
-    int64_t strips;  // up to TILE_ROWS neighbouring rows with one adapter; rows without an adapter are in none
+    int64_t strips;  // up to STRIP neighbouring rows with one adapter; rows without an adapter are in none
     const int32_t *strip_starts, *strip_lengths, *strip_adapters;  // [strips] each
     int64_t heads, kv_heads, head_dim, capacity;
     int64_t threads, scratch_floats;
+    int64_t max_tokens, num_slots, vocab_size, num_adapters;  // what was recorded
     float* scratch;      // [threads][scratch_floats]
     int32_t* greedy;     // [outputs]
     float* greedy_value; // scratch [threads][outputs]
@@ -179,25 +180,27 @@ static void product(const Op& op, const Step& s) {
     const int64_t dwords = op.k / W::per_dword;
     const int64_t panels = (op.n + PANEL - 1) / PANEL, panel_bytes = dwords * PANEL * 4;
     const int threads = omp_get_num_threads(), me = omp_get_thread_num();
+    constexpr int64_t ROWS = TILE_ROWS<W>;
     // Panels are shared out; where they do not divide well, rows are cut too.
-    const int64_t cuts = panels >= 16 * threads ? 1 : std::min<int64_t>(threads, (rows + TILE_ROWS - 1) / TILE_ROWS);
-    const int64_t chunk = ((rows + cuts - 1) / cuts + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS, chunks = cuts ? (rows + chunk - 1) / chunk : 0;
+    const int64_t cuts = panels >= 16 * threads ? 1 : std::min<int64_t>(threads, (rows + ROWS - 1) / ROWS);
+    const int64_t chunk = ((rows + cuts - 1) / cuts + ROWS - 1) / ROWS * ROWS, chunks = cuts ? (rows + chunk - 1) / chunk : 0;
     if (MODE == GREEDY) std::fill_n(s.greedy_value + me * s.outputs, rows, -INFINITY);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < panels * chunks; task++) {
         const int64_t p = task / chunks, from = task % chunks * chunk, to = std::min(rows, from + chunk);
         const char* panel = (const char*)op.b + p * panel_bytes;
-        const int64_t tiles = (to - from + TILE_ROWS - 1) / TILE_ROWS;
+        const int64_t tiles = (to - from + ROWS - 1) / ROWS;
         const int lines = tiles >= 3 ? 1 : tiles == 2 ? 2 : 3;
         const char* ahead = panel + panel_bytes;
-        for (int64_t row = from; row < to; row += TILE_ROWS) {
-            with_rows((int)std::min<int64_t>(TILE_ROWS, to - row), [&](auto size) {
+        for (int64_t row = from; row < to; row += ROWS) {
+            const int count = (int)std::min(ROWS, to - row);
+            with_rows<W>(count, [&](auto size) {
                 constexpr int R = decltype(size)::value;
                 typename W::Accumulator sum[R][VECTORS];
-                const int fetch = (row - from) / TILE_ROWS * lines < 3 ? lines : 0;
-                multiply<W>((const int32_t*)op.a + row * dwords, dwords, panel, PANEL, dwords, sum, ahead, fetch);
+                const int fetch = (row - from) / ROWS * lines < 3 ? lines : 0;
+                multiply<W>((const int32_t*)op.a + row * dwords, dwords, panel, PANEL, dwords, sum, ahead, fetch, count);
                 ahead += (int64_t)fetch * dwords * 64;
-                for (int r = 0; r < R; r++) {
+                for (int r = 0; r < (tiled<W> ? count : R); r++) {
                     __m512 y[VECTORS];
                     for (int v = 0; v < VECTORS; v++) {
                         if constexpr (quantised) {
@@ -289,6 +292,7 @@ static void store(const Op& op, const Step& s) {
 template <class T>
 static void attend_all(const Op& op, const Step& s, float* scratch) {
     using Value = typename T::Value;
+    constexpr int MOST = MAX_QUERIES<T>;
     const Cache<T> cache = cache_of<T>(op, s);
     const int64_t D = s.head_dim, shared = s.heads / s.kv_heads, row = (s.heads + 2 * s.kv_heads) * D;
 #pragma omp for schedule(dynamic, 4)
@@ -297,11 +301,11 @@ static void attend_all(const Op& op, const Step& s, float* scratch) {
         const int64_t from = s.group_starts[group], next = h + 1 < s.kv_heads ? from : s.group_starts[group + 1];
         const void* ahead = cache.keys + cache.head(next < s.tokens ? s.slots[next] : 0, (h + 1) % s.kv_heads);
         const int64_t count = (s.group_starts[group + 1] - from) * shared;
-        for (int64_t done = 0; done < count; done += MAX_QUERIES) {
-            const Value* q[MAX_QUERIES];
-            Value* out[MAX_QUERIES];
-            int64_t first[MAX_QUERIES], last[MAX_QUERIES];
-            const int queries = (int)std::min<int64_t>(MAX_QUERIES, count - done);
+        for (int64_t done = 0; done < count; done += MOST) {
+            const Value* q[MOST];
+            Value* out[MOST];
+            int64_t first[MOST], last[MOST];
+            const int queries = (int)std::min<int64_t>(MOST, count - done);
             for (int i = 0; i < queries; i++) {
                 const int64_t t = from + (done + i) / shared, head = h * shared + (done + i) % shared;
                 q[i] = (const Value*)op.c + t * row + head * D;
@@ -309,9 +313,9 @@ static void attend_all(const Op& op, const Step& s, float* scratch) {
                 last[i] = s.positions[t];
                 first[i] = op.k && last[i] >= op.k ? last[i] - op.k + 1 : 0;
             }
-            with_rows(queries, [&](auto size) {
+            with_rows<T>(queries, [&](auto size) {
                 constexpr int R = decltype(size)::value;
-                if constexpr (R <= MAX_QUERIES) attend<T, R>(cache, s.slots[from], h, q, first, last, (float)op.value, scratch, out, ahead);
+                if constexpr (R <= MOST) attend<T, R>(cache, s.slots[from], h, queries, q, first, last, (float)op.value, scratch, out, ahead);
             });
         }
     }
@@ -360,26 +364,28 @@ static void low_rank(const Op& op, const Step& s, float* scratch) {
     using Value = typename T::Value;
     const int64_t rank = op.weight, k_dwords = op.k / T::per_dword, r_dwords = rank / T::per_dword;
     const int64_t a_panels = (rank + V * 16 - 1) / (V * 16), b_panels = (op.n + PANEL - 1) / PANEL;
-    Value* low = (Value*)scratch;  // [TILE_ROWS][rank]
+    Value* low = (Value*)scratch;  // [STRIP][rank]
 #pragma omp for schedule(dynamic, 1)
     for (int64_t strip = 0; strip < s.strips; strip++) {
         const int64_t row = s.strip_starts[strip], adapter = s.strip_adapters[strip];
         const char* x = (const char*)op.a + row * op.k * sizeof(Value);
         const char* a = (const char*)op.b + adapter * a_panels * k_dwords * V * 64;
         const char* b = (const char*)op.c + adapter * b_panels * r_dwords * PANEL * 4;
-        with_rows(s.strip_lengths[strip], [&](auto size) {
+        const int count = s.strip_lengths[strip];
+        with_rows<T>(count, [&](auto size) {
             constexpr int R = decltype(size)::value;
+            const int rows = tiled<T> ? count : R;
             for (int64_t p = 0; p < a_panels; p++) {
                 __m512 sum[R][V];
-                multiply<T>(x, k_dwords, a + p * k_dwords * V * 64, V * 16, k_dwords, sum);
-                for (int r = 0; r < R; r++)
+                multiply<T>(x, k_dwords, a + p * k_dwords * V * 64, V * 16, k_dwords, sum, nullptr, 0, rows);
+                for (int r = 0; r < rows; r++)
                     for (int v = 0; v < V; v++)
                         if (const int64_t at = (p * V + v) * 16; at < rank) T::store(low + r * rank + at, sum[r][v], first_lanes(rank - at));
             }
             for (int64_t p = 0; p < b_panels; p++) {
                 __m512 sum[R][VECTORS];
-                multiply<T>(low, r_dwords, b + p * r_dwords * PANEL * 4, PANEL, r_dwords, sum);
-                for (int r = 0; r < R; r++)
+                multiply<T>(low, r_dwords, b + p * r_dwords * PANEL * 4, PANEL, r_dwords, sum, nullptr, 0, rows);
+                for (int r = 0; r < rows; r++)
                     for (int v = 0; v < VECTORS; v++) {
                         const int64_t at = p * PANEL + v * 16;
                         if (at >= op.n) break;
@@ -412,29 +418,37 @@ static void run(const Op& op, const Step& s, float* scratch) {
 }
 
 static void run_one(const Op& op, const Step& s, float* scratch) {
-#ifdef __AVX512BF16__
-    if (s.bf16) return run<Bf16>(op, s, scratch);
-#endif
-    run<Fp32>(op, s, scratch);
+    s.bf16 ? run<Bf16>(op, s, scratch) : run<Fp32>(op, s, scratch);
+}
+
+// Whether the numbers of this step stay inside the buffers that were recorded.
+static Misfit misfit(const Step& s) {
+    const auto outside = [](int64_t x, int64_t end) { return x < 0 || x >= end; };
+    if (outside(s.tokens, s.max_tokens + 1)) return TOKENS;
+    if (outside(s.outputs, s.max_tokens + 1)) return OUTPUTS;
+    for (int64_t t = 0; t < s.tokens; t++) {
+        if (outside(s.token_ids[t], s.vocab_size)) return TOKEN_ID;
+        if (outside(s.positions[t], s.capacity)) return POSITION;
+        if (outside(s.slots[t], s.num_slots)) return SLOT;
+    }
+    for (int64_t g = 0; g < s.groups; g++)
+        if (s.group_starts[g] < 0 || s.group_starts[g] >= s.group_starts[g + 1] || s.group_starts[g + 1] > s.tokens) return GROUPS;
+    for (int64_t i = 0; i < s.strips; i++)
+        if (outside(s.strip_adapters[i], s.num_adapters) || s.strip_lengths[i] < 1 || s.strip_lengths[i] > STRIP || s.strip_starts[i] < 0 || s.strip_starts[i] + s.strip_lengths[i] > s.tokens) return ADAPTERS;
+    return NONE;
 }
 
 extern "C" {
 
-// 1: bf16 products, 2: int8 products.
-int64_t lb_features() {
-    int64_t found = 0;
-#ifdef __AVX512BF16__
-    found |= 1;
-#endif
-#ifdef __AVX512VNNI__
-    found |= 2;
-#endif
-    return found;
-}
+// Query vectors that attend together.
+int64_t lb_max_queries(int64_t bf16) { return bf16 ? MAX_QUERIES<Bf16> : MAX_QUERIES<Fp32>; }
 
-void lb_run(const Op* ops, int64_t count, const Step* step) {
+// Returns what does not fit (then nothing was done), or 0.
+int64_t lb_run(const Op* ops, int64_t count, const Step* step) {
+    if (const Misfit wrong = misfit(*step)) return wrong;
 #pragma omp parallel num_threads((int)step->threads)
     {
+        TileRegion tiles;
         float* scratch = step->scratch + omp_get_thread_num() * step->scratch_floats;
         const bool timed = step->seconds && omp_get_thread_num() == 0;
         for (int64_t i = 0; i < count; i++) {
@@ -443,6 +457,7 @@ void lb_run(const Op* ops, int64_t count, const Step* step) {
             if (timed) step->seconds[ops[i].kind] += omp_get_wtime() - start;
         }
     }
+    return NONE;
 }
 
 // w [n][k] -> panels [ceil(n / columns)][k / per][columns][per], missing columns zero. bytes: size of a value; per: values a dword.

@@ -8,11 +8,15 @@
 #include <type_traits>
 #include "gemm.h"
 
-constexpr int R = 6, V = 4, TILE = 16 * V;  // a tile of products is R rows by TILE columns: 24 of the 32 registers
+constexpr int V = 4, TILE = 16 * V;  // a tile of products is ROWS<T> rows by TILE columns: 24 of the 32 registers, or a processor's tile
 constexpr int64_t SPAN = 512;               // queries whose score gradients are alive at once
+
+constexpr int64_t MISFIT = 1;               // what a function returns, with nothing done, where sizes do not fit together
 
 template <class T>
 using ValueOf = typename T::Value;
+template <class T>
+constexpr int ROWS = tiled<T> ? TILE_ROWS<T> : 6;
 
 // out[c][r] = in[r][c] of 32-bit words; rows and columns are multiples of 16, strides in words.
 static void transpose(const void* from, int64_t in_stride, int64_t rows, int64_t columns, void* to, int64_t out_stride) {
@@ -42,9 +46,7 @@ static void transpose(const void* from, int64_t in_stride, int64_t rows, int64_t
 template <class T>
 static inline __m512i bits(__m512 x) {
     if constexpr (T::per_dword == 1) return _mm512_castps_si512(x);
-#ifdef __AVX512BF16__
-    else return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
-#endif
+    else return _mm512_cvtepu16_epi32(T::narrow(x));
 }
 
 template <class T>
@@ -160,8 +162,9 @@ static inline __mmask16 not_before(int64_t column, int64_t row) {  // lanes whos
 
 template <class T>
 static void attend_forward(const Block& b, int64_t document, int64_t kv) {
-    constexpr int P = T::per_dword;
+    constexpr int P = T::per_dword, R = ROWS<T>;
     const int64_t D = b.D, first = b.starts[document], n = b.starts[document + 1] - first, padded = up(n, TILE), rows = padded + R;
+    TileRegion tiles;
     Arena arena(8 * rows * (4 * D + R) + 4096);
     auto *keys = arena.take<ValueOf<T>>(rows * D), *queries = arena.take<ValueOf<T>>(rows * D);
     auto *across = arena.take<int32_t>(padded * D / P), *values = arena.take<int32_t>(padded * D / P);
@@ -201,7 +204,7 @@ static void attend_forward(const Block& b, int64_t document, int64_t kv) {
                 if (i + r < n) b.log_sums[head * b.tokens + first + i + r] = most + std::log(total[r]);
             }
             for (int64_t d = 0; d < D; d += TILE) {
-                multiply<T>(weights, padded / P, values + d, D, std::min(end, up(i + R, P)) / P, sum);
+                multiply<T>(weights, padded / P, values + d, D, std::min(end, up(i + R, STEPS<T> * P)) / P, sum);
                 for (int r = 0; r < R && i + r < n; r++)
                     for (int v = 0; v < V; v++)
                         T::store((ValueOf<T>*)b.out + (first + i + r) * b.heads * D + head * D + d + v * 16, _mm512_mul_ps(sum[r][v], _mm512_set1_ps(1 / total[r])));
@@ -210,6 +213,7 @@ static void attend_forward(const Block& b, int64_t document, int64_t kv) {
     }
 }
 
+template <int R>
 static inline void add_rows(float* to, int64_t D, const __m512 (&sum)[R][V]) {
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) _mm512_storeu_ps(to + r * D + v * 16, _mm512_add_ps(_mm512_loadu_ps(to + r * D + v * 16), sum[r][v]));
@@ -219,10 +223,11 @@ static inline void add_rows(float* to, int64_t D, const __m512 (&sum)[R][V]) {
 // the sums of the softmax are read per column. Source of the recomputation: FlashAttention, arXiv 2205.14135.
 template <class T>
 static void attend_backward(const Block& b, int64_t document, int64_t kv) {
-    constexpr int P = T::per_dword;
+    constexpr int P = T::per_dword, R = ROWS<T>;
     using Value = ValueOf<T>;
     const int64_t D = b.D, first = b.starts[document], n = b.starts[document + 1] - first, padded = up(n, TILE), rows = padded + R;
     const int64_t span = std::min(SPAN, padded);
+    TileRegion tiles;
     Arena arena(4 * (rows * (12 * D + 2 + span) + R * (padded + 2 * span) + TILE * (2 * D + R)) + 65536);
     auto *keys = arena.take<Value>(rows * D), *values = arena.take<Value>(rows * D), *queries = arena.take<Value>(rows * D), *grads = arena.take<Value>(rows * D);
     auto *pairs = arena.take<int32_t>(padded * D / P), *keys_across = arena.take<int32_t>((D + R) * padded / P);
@@ -297,11 +302,16 @@ static void attend_backward(const Block& b, int64_t document, int64_t kv) {
 }
 
 template <class T>
-static void attend(const Block& b, bool backward) {
+static int64_t attend(const Block& b, bool backward) {
+    for (int64_t i = 0; i < b.documents; i++)
+        if (b.starts[i] < 0 || b.starts[i] > b.starts[i + 1] || b.starts[i + 1] > b.tokens) return MISFIT;
 #pragma omp parallel for schedule(dynamic, 1) num_threads((int)b.threads)
     for (int64_t task = 0; task < b.documents * b.kv_heads; task++)
         backward ? attend_backward<T>(b, task / b.kv_heads, task % b.kv_heads) : attend_forward<T>(b, task / b.kv_heads, task % b.kv_heads);
+    return 0;
 }
+
+constexpr int64_t MAX_RANKS = 64;  // of all parts of a layer together
 
 // The low-rank side of an adapted product, y += scale (x Aᵀ) Bᵀ for each part of a fused layer, and its gradients. Beside the big
 // product these are passes over its operands, so each operand is read once here.
@@ -313,42 +323,46 @@ struct Part {
 struct Adapters {
     const Part* parts;
     int64_t count, rank, in, out, tokens, threads;
+    bool fits() const {
+        bool fine = rank > 0 && rank % 16 == 0 && count * rank <= MAX_RANKS && in % TILE == 0;
+        for (int64_t n = 0; n < count; n++) fine &= parts[n].start >= 0 && parts[n].width % TILE == 0 && parts[n].start + parts[n].width <= out;
+        return fine;
+    }
 };
 
 // out[t][c] = sum over words of x[t] block[.][c], for narrow results: width is a multiple of 16.
 template <class T>
 static void narrow(const ValueOf<T>* x, int64_t stride, int64_t tokens, const int32_t* block, int64_t words, int64_t width, ValueOf<T>* out, int64_t out_stride) {
-    const auto tile = [&](int64_t t, int64_t c, auto& sum) {
-        multiply<T>(x + t * stride, stride / T::per_dword, block + c, width, words, sum);
-        for (size_t r = 0; r < std::extent_v<std::remove_reference_t<decltype(sum)>, 0>; r++)
-            for (size_t v = 0; v < std::extent_v<std::remove_reference_t<decltype(sum)>, 1>; v++) T::store(out + (t + r) * out_stride + c + v * 16, sum[r][v]);
+    constexpr int R = TILE_ROWS<T>;
+    const auto some = [&](int64_t t, int64_t c, auto rows, auto vectors, int count) {  // with tiles `count` of the rows are there
+        __m512 sum[decltype(rows)::value][decltype(vectors)::value];
+        multiply<T>(x + t * stride, stride / T::per_dword, block + c, width, words, sum, nullptr, 0, count);
+        for (int r = 0; r < count; r++)
+            for (int v = 0; v < vectors; v++) T::store(out + (t + r) * out_stride + c + v * 16, sum[r][v]);
     };
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; t += 8)
-        for (int64_t c = 0; c < width;) {
-            const int64_t left = width - c;
-            __m512 one[1][1], narrowest[8][1], middle[8][2], wide[8][3];
-            if (t + 8 > tokens) {
-                for (int64_t last = t; last < tokens; last++) tile(last, c, one);
-                c += 16;
-            } else {
-                left >= 48 ? tile(t, c, wide) : left >= 32 ? tile(t, c, middle) : tile(t, c, narrowest);
-                c += left >= 48 ? 48 : left >= 32 ? 32 : 16;
-            }
-        }
+    for (int64_t t = 0; t < tokens; t += R)
+        for (int64_t c = 0; c < width; c += 48)
+            with_vectors(std::min<int64_t>(width - c, 48) / 16, [&](auto vectors) {
+                if (const int count = (int)std::min<int64_t>(R, tokens - t); tiled<T> || count == R) some(t, c, std::integral_constant<int, R>{}, vectors, count);
+                else
+                    for (int r = 0; r < count; r++) some(t + r, c, std::integral_constant<int, 1>{}, vectors, 1);
+            });
 }
 
-// R rows by TILE columns of y += low block; a function of its own for the registers' sake.
+// R rows by TILE columns of y += low block (with tiles: `rows` of them); a function of its own for the registers' sake.
 template <class T, int R>
-[[gnu::noinline]] static void widen_tile(const ValueOf<T>* low, int64_t stride, const int32_t* block, int64_t words, int64_t width, ValueOf<T>* y, int64_t y_stride) {
+[[gnu::noinline]] static void widen_tile(const ValueOf<T>* low, int64_t stride, const int32_t* block, int64_t words, int64_t width, ValueOf<T>* y, int64_t y_stride, int rows = R) {
+    if constexpr (!tiled<T>) rows = R;  // known to the compiler
     __m512 sum[R][V];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) sum[r][v] = T::load(y + r * y_stride + v * 16);
-    accumulate<T>(low, stride / T::per_dword, block, width, words, sum);
+    if constexpr (tiled<T>) multiply<T, true>(low, stride / T::per_dword, block, width, words, sum, nullptr, 0, rows);
+    else accumulate<T>(low, stride / T::per_dword, block, width, words, sum);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) T::store(y + r * y_stride + v * 16, sum[r][v]);
 }
@@ -356,10 +370,11 @@ template <class T, int R>
 // y[t][c] += sum over words of low[t] block[.][c]; width is a multiple of TILE.
 template <class T>
 static void widen(const ValueOf<T>* low, int64_t stride, int64_t tokens, const int32_t* block, int64_t words, int64_t width, ValueOf<T>* y, int64_t y_stride) {
+    constexpr int R = ROWS<T>;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t += R)
         for (int64_t c = 0; c < width; c += TILE) {
-            if (t + R <= tokens) widen_tile<T, R>(low + t * stride, stride, block + c, words, width, y + t * y_stride + c, y_stride);
+            if (tiled<T> || t + R <= tokens) widen_tile<T, R>(low + t * stride, stride, block + c, words, width, y + t * y_stride + c, y_stride, (int)std::min<int64_t>(R, tokens - t));
             else
                 for (int64_t last = t; last < tokens; last++) widen_tile<T, 1>(low + last * stride, stride, block + c, words, width, y + last * y_stride + c, y_stride);
         }
@@ -368,7 +383,7 @@ static void widen(const ValueOf<T>* low, int64_t stride, int64_t tokens, const i
 // out[k][c] = scale * sum over tokens of low[t][k] x[t][c], in fp32, or out[c][k] with `turned`. rank and width as above.
 template <class T>
 static void over_tokens(const ValueOf<T>* low, int64_t low_stride, int64_t rank, const ValueOf<T>* x, int64_t stride, int64_t width, int64_t tokens, double scale, bool turned, int32_t* low_words, float* out) {
-    constexpr int P = T::per_dword;
+    constexpr int P = T::per_dword, K = tiled<T> ? 16 : 4;
     const int64_t padded = up(tokens, TILE), steps = padded / P;
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < steps; s++)  // low, transposed: [rank][tokens]
@@ -378,7 +393,7 @@ static void over_tokens(const ValueOf<T>* low, int64_t low_stride, int64_t rank,
     for (int64_t c = 0; c < width; c += TILE) {
         alignas(64) ValueOf<T> rows[TILE * TILE];
         alignas(64) int32_t pairs[TILE / P * TILE];
-        __m512 total[64][V];  // 64: the largest sum of ranks that is served
+        __m512 total[MAX_RANKS][V];
         for (int64_t k = 0; k < rank; k++)
             for (int v = 0; v < V; v++) total[k][v] = _mm512_setzero_ps();
         for (int64_t t = 0; t < padded; t += TILE) {
@@ -391,7 +406,7 @@ static void over_tokens(const ValueOf<T>* low, int64_t low_stride, int64_t rank,
                 from = rows, from_stride = TILE;
             }
             pair_rows<T>(from, from_stride, TILE, TILE, pairs);
-            for (int64_t k = 0; k < rank; k += 4) multiply<T, true>(low_words + k * steps + t / P, steps, pairs, TILE, TILE / P, *(__m512(*)[4][V])(total + k));
+            for (int64_t k = 0; k < rank; k += K) multiply<T, true>(low_words + k * steps + t / P, steps, pairs, TILE, TILE / P, *(__m512(*)[K][V])(total + k));
         }
         for (int64_t k = 0; k < rank; k++)
             for (int64_t i = 0; i < TILE; i++) out[turned ? (c + i) * rank + k : k * width + c + i] = ((const float*)total[k])[i] * (float)scale;
@@ -410,13 +425,15 @@ static void fill_block(int64_t words, int64_t width, int32_t* block, int64_t fir
 
 // x [T][I], low [T][count r], y [T][O]: fills low, adds to y.
 template <class T>
-static void lora_forward(const Adapters& ad, const ValueOf<T>* x, ValueOf<T>* low, ValueOf<T>* y) {
+static int64_t lora_forward(const Adapters& ad, const ValueOf<T>* x, ValueOf<T>* low, ValueOf<T>* y) {
     constexpr int P = T::per_dword;
+    if (!ad.fits()) return MISFIT;
     const int64_t all = ad.count * ad.rank;
     Arena arena(4 * (all * ad.in + ad.rank * ad.out) + 4096);
     auto *a = arena.take<int32_t>(ad.in / P * all), *b = arena.take<int32_t>(ad.rank / P * ad.out);
 #pragma omp parallel num_threads((int)ad.threads)
     {
+        TileRegion tiles;
         for (int64_t n = 0; n < ad.count; n++) fill_block<T>(ad.in / P, all, a, n * ad.rank, ad.rank, ad.parts[n].a, ad.in, 1, 1);
         narrow<T>(x, ad.in, ad.tokens, a, ad.in / P, all, low, all);
         for (int64_t n = 0; n < ad.count; n++) {
@@ -425,17 +442,20 @@ static void lora_forward(const Adapters& ad, const ValueOf<T>* x, ValueOf<T>* lo
             widen<T>(low + n * ad.rank, all, ad.tokens, b, ad.rank / P, p.width, y + p.start, ad.out);
         }
     }
+    return 0;
 }
 
 // grad [T][O] -> a_grad [count r][I], b_grads one [O of the part][r] after another, and what the adapters add to x_grad (or null).
 template <class T>
-static void lora_backward(const Adapters& ad, const ValueOf<T>* x, const ValueOf<T>* low, const ValueOf<T>* grad, ValueOf<T>* low_grad, ValueOf<T>* x_grad, float* a_grad, float* b_grads) {
+static int64_t lora_backward(const Adapters& ad, const ValueOf<T>* x, const ValueOf<T>* low, const ValueOf<T>* grad, ValueOf<T>* low_grad, ValueOf<T>* x_grad, float* a_grad, float* b_grads) {
     constexpr int P = T::per_dword;
+    if (!ad.fits()) return MISFIT;
     const int64_t all = ad.count * ad.rank;
     Arena arena(4 * (all * ad.in + ad.rank * ad.out + all * (ad.tokens + TILE)) + 4096);
     auto *a = arena.take<int32_t>(all / P * ad.in), *b = arena.take<int32_t>(ad.out / P * ad.rank), *low_words = arena.take<int32_t>(all * up(ad.tokens, TILE) / P);
 #pragma omp parallel num_threads((int)ad.threads)
     {
+        TileRegion tiles;
         int64_t done = 0;
         for (int64_t n = 0; n < ad.count; n++) {
             const Part& p = ad.parts[n];
@@ -448,6 +468,40 @@ static void lora_backward(const Adapters& ad, const ValueOf<T>* x, const ValueOf
         if (x_grad) {
             for (int64_t n = 0; n < ad.count; n++) fill_block<T>(ad.rank / P, ad.in, a + n * ad.rank / P * ad.in, 0, ad.in, ad.parts[n].a, 1, ad.in, 1);
             widen<T>(low_grad, all, ad.tokens, a, all / P, ad.in, x_grad, ad.in);
+        }
+    }
+    return 0;
+}
+
+// y [rows][n] = x [rows][k] Wᵀ + bias (or null), W in the panels of gemm.h. For processors with tiles: there the sums of oneDNN's product depend
+// on how many rows there are (docs/LOG.md, 2026-11-29), ours do not.
+template <class T>
+static void product(const ValueOf<T>* x, const char* panels, const ValueOf<T>* bias, ValueOf<T>* y, int64_t rows, int64_t n, int64_t k, int64_t threads) {
+    constexpr int64_t R = TILE_ROWS<T>;
+    const int64_t words = k / T::per_dword, count = (n + PANEL - 1) / PANEL, panel_bytes = words * PANEL * 4;
+    // A chunk of rows stays in the second-level cache while all panels pass by.
+    const int64_t chunk = std::min<int64_t>(256, up((rows + threads - 1) / threads, R)), chunks = (rows + chunk - 1) / chunk;
+#pragma omp parallel num_threads((int)threads)
+    {
+        TileRegion tiles;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < chunks * count; task++) {
+            const int64_t p = task % count, from = task / count * chunk, to = std::min(rows, from + chunk);
+            const char *panel = panels + p * panel_bytes, *ahead = panel + (p + 1 < count ? panel_bytes : -p * panel_bytes);
+            for (int64_t row = from; row < to; row += R) {
+                const int here = (int)std::min(R, to - row), fetch = row - from < 3 * R;
+                with_rows<T>(here, [&](auto size) {
+                    constexpr int R = decltype(size)::value;
+                    __m512 sum[R][VECTORS];
+                    multiply<T>(x + row * k, words, panel, PANEL, words, sum, ahead, fetch, here);
+                    ahead += fetch * words * 64;
+                    for (int r = 0; r < here; r++)
+                        for (int64_t v = 0, at = p * PANEL; v < VECTORS && at < n; v++, at += 16) {
+                            const __mmask16 m = first_lanes(n - at);
+                            T::store(y + (row + r) * n + at, bias ? _mm512_add_ps(sum[r][v], T::load(bias + at, m)) : sum[r][v], m);
+                        }
+                });
+            }
         }
     }
 }
@@ -509,7 +563,9 @@ static void swiglu(const ValueOf<T>* x, const ValueOf<T>* grad, ValueOf<T>* out,
 // loss[row] = lse - (1 - smooth) target's logit - smooth mean(logits) + z lse², with lse = log sum exp. With `replace` the logits
 // become the loss's gradient: softmax (1 + 2 z lse) - smooth / n, less 1 - smooth at the target (model/loss.py).
 template <class T>
-static void loss_rows(ValueOf<T>* logits, const int64_t* targets, float* loss, int64_t rows, int64_t n, int64_t replace, double smooth, double z, int64_t threads) {
+static int64_t loss_rows(ValueOf<T>* logits, const int64_t* targets, float* loss, int64_t rows, int64_t n, int64_t replace, double smooth, double z, int64_t threads) {
+    for (int64_t r = 0; r < rows; r++)
+        if (targets[r] < 0 || targets[r] >= n) return MISFIT;
 #pragma omp parallel for num_threads((int)threads)
     for (int64_t r = 0; r < rows; r++) {
         ValueOf<T>* row = logits + r * n;
@@ -532,32 +588,34 @@ static void loss_rows(ValueOf<T>* logits, const int64_t* targets, float* loss, i
         });
         T::store(row + targets[r], _mm512_set1_ps(std::exp(chosen - log_sum) * factor - even - (1 - (float)smooth)), 1);
     }
+    return 0;
 }
 
-#define EXPORT(T, type)                                                                                                                             \
-    void lb_attend_##type(const Block* block, int64_t backward) { attend<T>(*block, backward); }                                                    \
-    void lb_norm_##type(const void* x, const void* w, double eps, void* y, float* inverse, int64_t rows, int64_t n, int64_t threads) {              \
-        norm_forward<T>((const ValueOf<T>*)x, (const ValueOf<T>*)w, eps, (ValueOf<T>*)y, inverse, rows, n, threads);                                \
-    }                                                                                                                                               \
-    void lb_norm_grad_##type(const void* x, const void* w, const float* inverse, const void* g, void* out, int64_t rows, int64_t n, int64_t threads) { \
-        norm_backward<T>((const ValueOf<T>*)x, (const ValueOf<T>*)w, inverse, (const ValueOf<T>*)g, (ValueOf<T>*)out, rows, n, threads);            \
-    }                                                                                                                                               \
-    void lb_swiglu_##type(const void* x, const void* g, void* out, int64_t rows, int64_t n, int64_t threads) {                                      \
-        swiglu<T>((const ValueOf<T>*)x, (const ValueOf<T>*)g, (ValueOf<T>*)out, rows, n, threads);                                                  \
-    }                                                                                                                                               \
-    void lb_lora_##type(const Adapters* ad, const void* x, void* low, void* y) {                                                                    \
-        lora_forward<T>(*ad, (const ValueOf<T>*)x, (ValueOf<T>*)low, (ValueOf<T>*)y);                                                               \
-    }                                                                                                                                               \
-    void lb_lora_grad_##type(const Adapters* ad, const void* x, const void* low, const void* g, void* low_g, void* x_g, float* a_g, float* b_g) {   \
-        lora_backward<T>(*ad, (const ValueOf<T>*)x, (const ValueOf<T>*)low, (const ValueOf<T>*)g, (ValueOf<T>*)low_g, (ValueOf<T>*)x_g, a_g, b_g);  \
-    }                                                                                                                                               \
-    void lb_loss_##type(void* x, const int64_t* targets, float* loss, int64_t rows, int64_t n, int64_t replace, double smooth, double z, int64_t threads) { \
-        loss_rows<T>((ValueOf<T>*)x, targets, loss, rows, n, replace, smooth, z, threads);                                                          \
+#define EXPORT(T, type)                                                                                                                                         \
+    int64_t lb_attend_##type(const Block* block, int64_t backward) { return attend<T>(*block, backward); }                                                      \
+    void lb_norm_##type(const void* x, const void* w, double eps, void* y, float* inverse, int64_t rows, int64_t n, int64_t threads) {                          \
+        norm_forward<T>((const ValueOf<T>*)x, (const ValueOf<T>*)w, eps, (ValueOf<T>*)y, inverse, rows, n, threads);                                            \
+    }                                                                                                                                                           \
+    void lb_norm_grad_##type(const void* x, const void* w, const float* inverse, const void* g, void* out, int64_t rows, int64_t n, int64_t threads) {          \
+        norm_backward<T>((const ValueOf<T>*)x, (const ValueOf<T>*)w, inverse, (const ValueOf<T>*)g, (ValueOf<T>*)out, rows, n, threads);                        \
+    }                                                                                                                                                           \
+    void lb_product_##type(const void* x, const void* panels, const void* bias, void* y, int64_t rows, int64_t n, int64_t k, int64_t threads) {                 \
+        product<T>((const ValueOf<T>*)x, (const char*)panels, (const ValueOf<T>*)bias, (ValueOf<T>*)y, rows, n, k, threads);                                    \
+    }                                                                                                                                                           \
+    void lb_swiglu_##type(const void* x, const void* g, void* out, int64_t rows, int64_t n, int64_t threads) {                                                  \
+        swiglu<T>((const ValueOf<T>*)x, (const ValueOf<T>*)g, (ValueOf<T>*)out, rows, n, threads);                                                              \
+    }                                                                                                                                                           \
+    int64_t lb_lora_##type(const Adapters* ad, const void* x, void* low, void* y) {                                                                             \
+        return lora_forward<T>(*ad, (const ValueOf<T>*)x, (ValueOf<T>*)low, (ValueOf<T>*)y);                                                                    \
+    }                                                                                                                                                           \
+    int64_t lb_lora_grad_##type(const Adapters* ad, const void* x, const void* low, const void* g, void* low_g, void* x_g, float* a_g, float* b_g) {            \
+        return lora_backward<T>(*ad, (const ValueOf<T>*)x, (const ValueOf<T>*)low, (const ValueOf<T>*)g, (ValueOf<T>*)low_g, (ValueOf<T>*)x_g, a_g, b_g);       \
+    }                                                                                                                                                           \
+    int64_t lb_loss_##type(void* x, const int64_t* targets, float* loss, int64_t rows, int64_t n, int64_t replace, double smooth, double z, int64_t threads) {  \
+        return loss_rows<T>((ValueOf<T>*)x, targets, loss, rows, n, replace, smooth, z, threads);                                                               \
     }
 
 extern "C" {
 EXPORT(Fp32, float32)
-#ifdef __AVX512BF16__
 EXPORT(Bf16, bfloat16)
-#endif
 }

@@ -58,7 +58,7 @@ PASSES = "lorabatch.model.fused:Passes"
 OPERATIONS = {  # on CPUs, where a call returns when it is done
     "products": tuple(
         f"lorabatch.model.{owner}.{method}"
-        for owner in ("linear:Prepacked", "linear:Dense", "quantised:_Rebuilt", "sharded:Sharded")
+        for owner in ("linear:Prepacked", "linear:Dense", "panels:Panels", "quantised:_Rebuilt", "sharded:Sharded")
         for method in ("forward", "input_grad")
     ),
     "adapters": (f"{PASSES}.lora", f"{PASSES}.lora_grad"),

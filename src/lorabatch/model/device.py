@@ -12,7 +12,7 @@ import torch
 from lorabatch.errors import UnavailableError
 from lorabatch.measure.environment import usable_cores
 from lorabatch.measure.system import free_memory_bytes
-from lorabatch.model.linear import Dense, Prepacked, can_prepack
+from lorabatch.model.linear import packed_product
 from lorabatch.slurm import local_rank
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,7 +90,7 @@ def _bf16_is_faster(*, at_least: float = 1.2) -> bool:
     runs: dict[torch.dtype, Callable[[], object]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         weight, x = torch.zeros(1536, 576, dtype=dtype), torch.zeros(64, 576, dtype=dtype)
-        product = Prepacked(weight) if can_prepack(dtype) else Dense(weight)
+        product = packed_product(weight)
         runs[dtype] = lambda product=product, x=x: product.forward(x, None)  # type: ignore[misc]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -15,7 +15,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lorabatch.errors import LorabatchError
 from lorabatch.kernels import library
+
+CHECKED = ("attend", "lora", "lora_grad", "loss")  # these return whether the sizes that they were given fit together
+
+
+def _fits(result: int, function: Any, arguments: Any) -> None:
+    if result:
+        raise LorabatchError(
+            f"{function.__name__} was given sizes that do not fit together", where="kernels", fix="this is an error of lorabatch"
+        )
 
 
 class _Block(ctypes.Structure):
@@ -61,7 +71,11 @@ class Passes:
             "loss": [pointer, pointer, pointer, count, count, count, real, real, count],
         }.items():
             function = getattr(lib, f"lb_{name}_{str(dtype).removeprefix('torch.')}")  # AttributeError: not built for this type
-            function.argtypes, function.restype = arguments, None
+            function.argtypes = arguments
+            if name in CHECKED:
+                function.restype, function.errcheck = count, _fits
+            else:
+                function.restype = None
             self._functions[name] = function
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,13 @@ Shapes: T tokens of the flat stream, I input features, O output features, r rank
 A layer may be several layers of the checkpoint in one product (q, k and v; gate and up). Each
 ``Part`` keeps its own name and its own adapter, so files look as if nothing had been fused.
 
-The product itself sits behind two small classes with the same two methods: ``Dense`` (torch's
-linear, any device) and ``Prepacked`` (oneDNN's blocked layout, CPU). On the development machine
-(Zen 4, two cores) prepacking gave 1.1 to 2.2 times the rate of ``F.linear``, and rows whose value does
-not depend on how many other rows there are, from two rows on (docs/LOG.md, 2026-11-24).
+The product itself sits behind small classes with the same two methods: ``Dense`` (torch's
+linear, any device), ``Prepacked`` (oneDNN's blocked layout, CPU), ``Panels`` (our own kernels; panels.py)
+and those of quantised.py and sharded.py. Which one serves depends on the device, the number type and the sizes of
+the weight, never on the number of rows: a row's bits must not depend on its neighbours.
+On the development machine (Zen 4, two cores) prepacking gave 1.1 to 2.2 times the rate of ``F.linear``, and rows whose value does
+not depend on how many other rows there are, from two rows on (docs/LOG.md, 2026-11-24). oneDNN's bf16 product on AMX does not
+keep that promise: there ``Panels`` serve.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch.nn import functional as F
 
 from lorabatch.model import fused
 from lorabatch.model.fused import Passes, passes_for
+from lorabatch.model.panels import Panels
 
 Before = Callable[[Tensor], Tensor]  # a frozen function of each row that is cheap to compute again: a norm, an activation
 
@@ -84,6 +88,27 @@ def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
 
 
+def packed_product(weight: Tensor) -> Product:
+    """The fastest product on a CPU that gives each row bits of its own, as far as there is one."""
+    if Panels.serve(weight):
+        return Panels(weight)
+    return Prepacked(weight) if can_prepack(weight.dtype) else Dense(weight)
+
+
+@functools.cache
+def rows_are_independent(dtype: torch.dtype) -> bool:
+    """Whether a row of ``packed_product`` on this CPU has the same bits whatever the number of rows: measured, on sizes where oneDNN's bf16
+    product on AMX failed (docs/LOG.md, 2026-11-29)."""
+    generator = torch.Generator().manual_seed(0)
+    for inputs, outputs in ((576, 1536), (1536, 576)):
+        weight, x = (torch.randn(n, inputs, generator=generator).to(dtype) for n in (outputs, 256))
+        product = packed_product(weight)
+        whole = product.forward(x, None)
+        if not all(torch.equal(product.forward(x[:rows], None), whole[:rows]) for rows in (1, 5, 31, 64, 100)):
+            return False
+    return True
+
+
 @functools.cache
 def can_prepack(dtype: torch.dtype) -> bool:
     """Whether this torch build has the private oneDNN operators and they agree with ``F.linear``."""
@@ -127,7 +152,7 @@ class FrozenLinear(nn.Module):
         self.parts = tuple(parts)
         self.bias = bias
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
-        self.product: Product = Prepacked(weight) if prepack else Dense(weight)
+        self.product: Product = packed_product(weight) if prepack else Dense(weight)
         self.adapters = nn.ModuleDict()  # key: index of the part, as a string
         self.dropout = 0.0
         self.routes: Sequence[Route] | None = None  # where several runs share a pass, in place of the adapters above

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorabatch.errors import DataError
 from lorabatch.model.decoder import Decoder, Layer, Norm
-from lorabatch.model.linear import FrozenLinear, Part, Product, can_prepack
+from lorabatch.model.linear import FrozenLinear, Part, Product
 from lorabatch.model.spec import ModelSpec
 from lorabatch.model.tensorfiles import read_safetensors
 from lorabatch.records import read_json
@@ -189,7 +189,7 @@ def build_decoder(
     """
     names, device = FAMILY_NAMES[spec.family], torch.device(device)
     source = _Source(normalised(spec, tensors), transposed=names.transposed, dtype=dtype, device=device, product=product)
-    pack = prepack and device.type == "cpu" and can_prepack(dtype)
+    pack = prepack and device.type == "cpu"
     embedding = source.cast(source.take(f"{names.embedding}.weight"))
     positions = source.cast(source.take(f"{names.positions}.weight")) if names.positions else None
 

@@ -19,6 +19,7 @@ from lorabatch.errors import TrainingError, UsageError
 from lorabatch.model.device import free_bytes
 from lorabatch.model.linear import Prepacked
 from lorabatch.model.loss import CHUNK_ELEMENTS, LossTerms
+from lorabatch.model.panels import Panels
 from lorabatch.model.spec import ModelSpec
 
 HEADROOM = 0.9  # of the free memory: allocators keep some of what was freed
@@ -85,7 +86,7 @@ def plan(model: Any, config: TrainConfig, lora_params: int) -> tuple[int, int] |
             lora_params=lora_params,
             rank=config.lora_r,
             checkpointing=config.checkpointing,
-            packed=isinstance(decoder.head.product, Prepacked),
+            packed=isinstance(decoder.head.product, (Prepacked, Panels)),
         )
         if needed <= HEADROOM * free or tokens // 2 < config.max_len:
             break

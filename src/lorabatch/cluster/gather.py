@@ -1,0 +1,173 @@
+"""The end of ``lorabatch infer --shards``: one file of completions and one of figures from what many processes wrote.
+
+What a shard's ``DONE.json`` names is taken first. For a request that has only an error there, every completion below the
+shard's folder counts that a process of this work could have written: also of claims that were taken over, and of retries.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lorabatch import hub
+from lorabatch.cluster.claims import DONE, is_done
+from lorabatch.errors import DataError
+from lorabatch.infer.prompts import PromptFile
+from lorabatch.infer.ranges import completions
+from lorabatch.infer.requests import Request
+from lorabatch.infer.sink import write_openai_file
+from lorabatch.measure.statistics import rate, summary
+from lorabatch.records import RunFolder, dumps, read_json, replacing, write_json
+
+NO_KEY = "0" * 16  # of a quarantined record
+AGAIN = "remove the output folder and begin again"
+Record = dict[str, Any]
+
+
+def completion_files(folder: Path) -> list[Path]:
+    """Of every claim on a shard and on its retries."""
+    return sorted(folder.rglob("output-*/*/completions.jsonl"))
+
+
+def failed_prompts(shard: Path) -> list[int]:
+    """The places of prompts of a finished shard that have a request without a completion."""
+    best = _recorded(shard, _done(shard))
+    return sorted({index for (index, _), record in best.items() if _rank(record)})
+
+
+def merge(folder: Path, prompts: PromptFile, shards: Sequence[Path]) -> None:
+    """Write ``completions.jsonl`` and ``metrics.json`` from finished shards. DataError unless every request has exactly one record."""
+    plan, record = read_json(folder / "plan.json"), read_json(folder / "run.json")
+    if hub.file_sha256(Path(record["config"]["prompts"])) != plan["prompts_sha256"]:
+        raise DataError("changed during the run", where=record["config"]["prompts"], fix=AGAIN)
+    done = [_done(shard) for shard in shards]
+    pieces = list(dict.fromkeys((base / file).parent for parts in done for base, part in parts for file in part["files"]))
+    runs = [read_json(piece / "run.json") for piece in pieces if (piece / "run.json").exists()]
+    models = {run["model"]["fingerprint"] for run in runs if run.get("model") and run["model"].get("fingerprint")}
+    if len(models) > 1:
+        raise DataError(f"shards were computed with {len(models)} different models", where=folder, fix=AGAIN)
+    work_keys = {key for parts in done for _, part in parts for key in part.get("work_keys", ())}
+    totals, requests = _Totals(), iter(prompts)
+    request = next(requests, None)
+    with replacing(folder / "completions.jsonl") as file:
+        for shard, parts, end in zip(shards, done, plan["bounds"][1:], strict=True):
+            found = _recorded(shard, parts)
+            others = _Others(shard, work_keys)
+            while request is not None and request.index < end:
+                completion = others.better(request, found.pop((request.index, request.sample), None))
+                if completion is None:
+                    raise DataError(f"no completion for {request.id!r}", where=shard, fix=AGAIN)
+                totals.add(completion)
+                file.write(dumps(completion).encode() + b"\n")
+                request = next(requests, None)
+            if found:
+                raise DataError(f"completion {next(iter(found.values()))['id']!r} is of no request of the input", where=shard, fix=AGAIN)
+    write_json(folder / "metrics.json", totals.metrics(pieces, runs) | {"shards": len(shards), "quarantined": totals.quarantined})
+    if record["config"]["output_format"] == "openai":
+        name, path = record["config"]["base_model"], folder / "batch_output.jsonl"
+        adapters = [entry.partition("=")[0] for entry in record["config"]["adapters"]]
+        write_openai_file(path, folder / "completions.jsonl", model=name, created=int(time.time()), adapters=adapters)
+    shared = {k: runs[0].get(k) if runs else None for k in ("model", "device", "dtype", "threads", "backend", "gpu")}
+    RunFolder(folder, record).finish("completed", failed=totals.failed, **shared)
+    counts = f"{totals.completed} completed, {totals.failed} failed of {len(prompts)}"
+    print(f"{counts}, every request exactly once: {folder / 'completions.jsonl'}")
+    if totals.quarantined:
+        fix = "run the same command with --retry_failed to try once more"
+        print(f"in quarantine, because their processes died: {', '.join(totals.quarantined)}; {fix}")
+    if not totals.completed:
+        raise DataError("every request failed", where=folder / "completions.jsonl", fix="see the 'error' of its lines")
+
+
+def _done(shard: Path) -> list[tuple[Path, Record]]:
+    """(the folder that its files are relative to, the record) of a finished shard and of its finished retries."""
+    return [(base, read_json(base / DONE)) for base in (shard, *sorted(filter(is_done, shard.glob("retry-*"))))]
+
+
+def _rank(record: Mapping[str, Any]) -> int:
+    """0: completed; 1: an error of the request; 2: quarantined."""
+    return 0 if record["error"] is None else 2 if record["key"] == NO_KEY else 1
+
+
+def _recorded(shard: Path, parts: Sequence[tuple[Path, Record]]) -> dict[tuple[int, int], Record]:
+    """The best record of each request, by its place. A request that two claims computed counts once."""
+    best: dict[tuple[int, int], Record] = {}
+    for path in (base / file for base, part in parts for file in part["files"]):
+        for record in completions(path):
+            place = record["index"], record["sample"]
+            if place not in best or _rank(record) < _rank(best[place]):
+                best[place] = record
+    return best
+
+
+class _Others:
+    """What lies below a shard's folder beside the files that count; read only when a request has need of it."""
+
+    def __init__(self, shard: Path, work_keys: set[str]) -> None:
+        self._shard, self._work_keys = shard, work_keys
+        self._found: dict[tuple[int, int], list[Record]] | None = None
+
+    def better(self, request: Request, record: Record | None) -> Record | None:
+        """The record of a request, or a better one that a process of this work wrote. DataError if it is of another request."""
+        place = request.index, request.sample
+        if record is not None and record["id"] != request.id:
+            what = f"completion {record['id']!r} stands where the input has {request.id!r}"
+            raise DataError(what, where=self._shard, fix=f"did the prompt file change? {AGAIN}")
+        if record is not None and not _rank(record):
+            return record
+        if self._found is None:
+            self._found = {}
+            for other in (r for path in completion_files(self._shard) for r in completions(path)):
+                self._found.setdefault((other["index"], other["sample"]), []).append(other)
+        candidates = self._found.get(place, ())
+        keys = {request.key(work_key) for work_key in self._work_keys} if candidates else set()
+        valid = [r for r in candidates if r["id"] == request.id and r["key"] in keys]
+        return min([*([] if record is None else [record]), *valid], key=_rank, default=None)
+
+
+class _Totals:
+    """Counts and latencies over all completions."""
+
+    def __init__(self) -> None:
+        self.completed = self.failed = self._tokens_in = self._tokens_out = 0
+        self.quarantined: list[str] = []  # prompts: each once, however many completions it owes
+        self._times: dict[str, list[float]] = {"queue_ms": [], "ttft_ms": [], "tpot_ms": [], "e2el_ms": []}
+
+    def add(self, record: Record) -> None:
+        if record["error"] is not None:
+            self.failed += 1
+            if record["key"] == NO_KEY and self.quarantined[-1:] != [record["id"]]:
+                self.quarantined.append(record["id"])
+            return
+        self.completed += 1
+        tokens = record["output_tokens"]
+        self._tokens_in += record["input_tokens"]
+        self._tokens_out += tokens
+        for name in ("queue_ms", "ttft_ms", "e2el_ms"):
+            self._times[name].append(record[name])
+        if tokens > 1:
+            self._times["tpot_ms"].append((record["e2el_ms"] - record["ttft_ms"]) / (tokens - 1))
+
+    def metrics(self, pieces: Sequence[Path], runs: Sequence[Record]) -> Record:
+        """``duration_s`` is wall time from the first process's start to the last one's end, waits in the queue included."""
+        spans = [(datetime.fromisoformat(r["started_at"]), datetime.fromisoformat(r["finished_at"])) for r in runs if r["finished_at"]]
+        wall_s = (max(end for _, end in spans) - min(start for start, _ in spans)).total_seconds() if spans else 0.0
+        busy = [read_json(piece / "metrics.json")["duration_s"] for piece in pieces if (piece / "metrics.json").exists()]
+        return {
+            "schema_version": 1,
+            "kind": "infer",
+            "iterations": 1,
+            "duration_s": wall_s,
+            "processes_s": sum(busy),
+            "completed": self.completed,
+            "failed": self.failed,
+            "total_input_tokens": self._tokens_in,
+            "total_output_tokens": self._tokens_out,
+            "request_throughput": rate(self.completed, wall_s),
+            "output_throughput": rate(self._tokens_out, wall_s),
+            "total_token_throughput": rate(self._tokens_in + self._tokens_out, wall_s),
+            "tokens_per_s": rate(self._tokens_out, wall_s),
+            **{name: value for what, values in self._times.items() for name, value in summary(what, values).items()},
+        }
