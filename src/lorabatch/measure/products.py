@@ -25,7 +25,6 @@ from lorabatch.model.linear import Dense, Prepacked, Product, can_prepack
 
 COLD_BYTES = 1 << 28  # of all weights together; less where memory is short
 INT8_ZERO_POINT = 128  # unsigned activations: signed ones fall to a reference loop in oneDNN
-HAS_BF16, HAS_INT8 = 1, 2  # of lb_features in step.cpp
 SCALE_FLOATS = 16  # RowScale of step.cpp
 
 Calls = list[Callable[[], object]]  # the same product with one weight after another
@@ -114,37 +113,30 @@ def _qlinear(rows: int, inputs: int, outputs: int, copies: int) -> Calls:
 def own_product(name: str, inputs: int, outputs: int, copies: int) -> OfRows | None:
     """The product of our kernels, as the recorded program calls it; None where no kernel serves this type. Each call returns its rows."""
     kernels = library("step")
-    features = 0 if kernels is None else int(kernels.lb_features())
-    if kernels is None or name not in ("fp32", "bf16", "int8") or {"bf16": HAS_BF16, "int8": HAS_INT8}.get(name, 0) & ~features:
+    if kernels is None or name not in ("fp32", "bf16", "int8"):
         return None
     program, packed = (importlib.import_module(f"lorabatch.infer.{module}") for module in ("program", "packed"))  # of a higher layer
-    dtype = torch.bfloat16 if name == "bf16" or (name == "int8" and features & HAS_BF16) else torch.float32
-    first = packed.pack(torch.ones(outputs, inputs, dtype=dtype), quantize="int8" if name == "int8" else "none")
+    dtype, quantised = TYPES.get(name, torch.bfloat16), name == "int8"
+    first = packed.pack(torch.ones(outputs, inputs, dtype=dtype), quantize="int8" if quantised else "none")
     weights = [first, *(replace(first, panels=first.panels.clone()) for _ in range(copies - 1))]
-    scratch = torch.zeros(torch.get_num_threads(), 4096)
 
     def of_rows(rows: int) -> Calls:
-        x = torch.ones(rows, inputs, dtype=dtype)
-        if name == "int8":
-            x = torch.full((rows, inputs), INT8_ZERO_POINT + 1, dtype=torch.uint8)
-        scales, out = torch.zeros(rows, SCALE_FLOATS), torch.empty(rows, outputs, dtype=dtype)
+        x = torch.full((rows, inputs), INT8_ZERO_POINT + 1, dtype=torch.uint8) if quantised else torch.ones(rows, inputs, dtype=dtype)
+        scales, out, zeros = torch.zeros(rows, SCALE_FLOATS), torch.empty(rows, outputs, dtype=dtype), torch.zeros(rows, dtype=torch.int32)
         scales[:, 0] = 1  # the rest are outliers, none
-        step = program._Step(bf16=int(dtype == torch.bfloat16), tokens=rows, outputs=rows, threads=torch.get_num_threads())
-        step.scratch, step.scratch_floats = scratch.data_ptr(), scratch.shape[1]
-        fixed = {"kind": program.PRODUCT, "mode": program.OVERWRITE, "weight": int(name == "int8"), "n": outputs, "k": inputs}
+        step = program._Step(bf16=int(dtype == torch.bfloat16), tokens=rows, threads=torch.get_num_threads())
+        step.max_tokens, step.num_slots, step.vocab_size, step.capacity = rows, 1, 1, 1
+        step.token_ids = step.positions = step.slots = zeros.data_ptr()
+        fixed = {"kind": program.PRODUCT, "mode": program.OVERWRITE, "weight": int(quantised), "n": outputs, "k": inputs}
         fixed |= {"a": x.data_ptr(), "out": out.data_ptr(), "scales": scales.data_ptr()}
 
-        def call(weight: Any) -> Callable[[], object]:
+        def run(weight: Any, *_: Tensor) -> Tensor:
             columns = {key: None if t is None else t.data_ptr() for key, t in (("c", weight.scales), ("d", weight.sums))}
-            operations = (program._Op * 1)(program._Op(**fixed, **columns, b=weight.panels.data_ptr()))
+            operation = program._Op(**fixed, **columns, b=weight.panels.data_ptr())
+            wrong = kernels.lb_run(ctypes.c_void_p(ctypes.addressof(operation)), ctypes.c_int64(1), ctypes.c_void_p(ctypes.addressof(step)))
+            assert not wrong, program.MISFITS[wrong]
+            return out
 
-            def run() -> Tensor:
-                kernels.lb_run(ctypes.c_void_p(ctypes.addressof(operations)), ctypes.c_int64(1), ctypes.c_void_p(ctypes.addressof(step)))
-                return out
-
-            run.keep = x, scales, weight  # type: ignore[attr-defined]
-            return run
-
-        return [call(weight) for weight in weights]
+        return [functools.partial(run, weight, x, scales, zeros) for weight in weights]  # the step only has their addresses
 
     return of_rows
