@@ -12,13 +12,13 @@ import torch
 from lorabatch import hub
 from lorabatch.config import BenchConfig
 from lorabatch.measure.environment import gpu_description
+from lorabatch.measure.roofline import ABOVE
 from lorabatch.measure.scaling import bench_record, sweep
 from lorabatch.measure.waits import Watch, disturbed
 from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
 from lorabatch.records import write_json
 
-ABOVE = "faster than the ceiling: the machine was busy when that was measured, or the weights fit in its caches; lorabatch bench machine"
 Measure = Callable[[int], Mapping[str, float | None]]  # batch size -> the metrics of one repetition
 COLUMNS = {  # key of a point -> head; of an estimate its median
     "tokens_per_s": "tokens/s",
@@ -113,7 +113,7 @@ def table(record: Mapping[str, Any]) -> list[str]:
         rows.append([str(point[name]), *map(shown, medians), *ceiling, shown(rate["low"]), shown(rate["high"])])
     lines = ["".join(f"{text:>{max(9, len(head) + 2)}}" for head, text in zip(heads, row, strict=True)) for row in (heads, *rows)]
     if any(point.get("share_of_ceiling", 0) > 1 for point in record["points"]):
-        lines.append(ABOVE)
+        lines.append(f"faster than the ceiling: {ABOVE}")
     waited = [f"{point[name]} ({point['waited_share']:.0%})" for point in record["points"] if disturbed(point.get("waited_share"))]
     if waited:
         lines.append(f"others had the cores at {name} {', '.join(waited)} (waited, of the time computed): these rates are too low")
