@@ -29,7 +29,7 @@ def layer(module):
         return "base"
     if module in PURE:
         return "pure"
-    if module in ("measure.roofline", "measure.machine", "measure.profile", "measure.bench"):
+    if module in ("measure.roofline", "measure.machine", "measure.products", "measure.profile", "measure.bench"):
         return "ceilings"
     if first == "measure":
         return "pure"

@@ -16,7 +16,7 @@ from lorabatch.infer.quality import run_quality
 from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.infer.runner import load_for_runner, make_runner
 from lorabatch.measure.bench import Bench, Measure
-from lorabatch.measure.machine import CPU_ROWS, CPU_SHAPES, gemm_rates, measured_bytes_per_s, measured_flops_per_s
+from lorabatch.measure.machine import cold_flops_per_s, measured_bytes_per_s, processor
 from lorabatch.measure.roofline import decode_bytes, element_bytes
 from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES
@@ -37,10 +37,11 @@ def run_bench_infer(config: BenchInferConfig, command: list[str]) -> int:
         raise UsageError(f"the model has {model.max_positions} positions", where="--input_tokens", fix="give fewer tokens")
     points = bench.points(_one_batch(model, tokenizer, config, most=bench.sizes[-1]))
     width = element_bytes(config.quantize, dtype.itemsize)
+    kind = TYPE_NAMES[dtype] if config.quantize == "none" else config.quantize
 
     def rates(threads: int) -> tuple[float, float]:
         torch.set_num_threads(threads)
-        return _flops_per_s(config, dtype, device), measured_bytes_per_s(device)
+        return cold_flops_per_s(kind, device), measured_bytes_per_s(device)
 
     for point in points:
         size, measured = point.get("batch_size", config.batch_sizes[0]), rates(point.get("threads", bench.threads))
@@ -51,16 +52,10 @@ def run_bench_infer(config: BenchInferConfig, command: list[str]) -> int:
     precision = TYPE_NAMES[dtype] if config.quantize == "none" else f"{config.quantize} weights, {TYPE_NAMES[dtype]} cache"
     print(
         f"{bench.source.name}, {precision} on {device}, {bench.threads} threads; prompts of {config.input_tokens} tokens, "
-        f"{config.max_new_tokens} new ones; measured here: {flops_per_s / 1e9:.0f} Gflop/s, {bytes_per_s / 1e9:.1f} GB/s\n"
+        f"{config.max_new_tokens} new ones; measured here: {flops_per_s / 1e9:.0f} Gflop/s with cold weights, "
+        f"{bytes_per_s / 1e9:.1f} GB/s\n"
     )
-    return bench.finish("bench infer", points, command, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s)
-
-
-def _flops_per_s(config: BenchInferConfig, dtype: torch.dtype, device: torch.device) -> float:
-    if config.quantize == "none":
-        return measured_flops_per_s(dtype, device)
-    products = gemm_rates(config.quantize, device, shapes=CPU_SHAPES, rows=CPU_ROWS[-2:], seconds=0.1)
-    return max(r["flops_per_s"] for r in products)
+    return bench.finish("bench infer", points, command, cold_flops_per_s=flops_per_s, measured_bytes_per_s=bytes_per_s, **processor(device))
 
 
 def _one_batch(model: NativeModel, tokenizer: Any, config: BenchInferConfig, *, most: int) -> Measure:
@@ -91,7 +86,7 @@ def _requests(size: int, repetition: int, spec: ModelSpec, config: BenchInferCon
 def ceiling_seconds(
     spec: ModelSpec, size: int, input_tokens: int, new_tokens: int, rates: tuple[float, float], element_bytes: tuple[int, int]
 ) -> tuple[float, str]:
-    """(least seconds for a batch, what decoding is bound by) at these FLOP/s and bytes/s; attention's FLOPs are left out.
+    """(least seconds for a batch, what decoding is bound by) at these FLOP/s (of cold weights) and bytes/s; attention's FLOPs are left out.
 
     element_bytes: of weights, and of cached keys and values.
 

@@ -16,6 +16,7 @@ from lorabatch.infer.engine import PassStats
 from lorabatch.infer.requests import Request
 from lorabatch.measure.statistics import percentile, rate, summary
 from lorabatch.measure.system import peak_memory_bytes
+from lorabatch.model.device import TYPE_NAMES
 from lorabatch.model.load import Model
 from lorabatch.model.native import NativeModel
 
@@ -115,29 +116,33 @@ def metrics(
         "guessed_tokens": total("guessed_tokens"),
         "accepted_tokens": total("accepted_tokens"),
         "pass_tokens_per_s": [rate(x.output_tokens, s.duration_s) for s, x in passes],
-        **_ceilings(stats, model, quantize, adapter_bytes),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_memory_bytes(),
+        **_ceilings(stats, model, quantize, adapter_bytes),  # last: measuring them takes memory
     }
 
 
-def _ceilings(stats: Sequence[PassStats], model: Model, quantize: str, adapter_bytes: float) -> dict[str, float | None]:
+def _ceilings(stats: Sequence[PassStats], model: Model, quantize: str, adapter_bytes: float) -> dict[str, Any]:
     """Bytes and FLOPs that decoding asked for, and what memory and arithmetic could have delivered in that time."""
     seconds = sum(s.decode_s for s in stats)
     if not isinstance(model, NativeModel) or not seconds:
-        return dict.fromkeys(("mbu", "decode_flops_per_s", "measured_bytes_per_s", "measured_flops_per_s"))
-    from lorabatch.measure.machine import measured_bytes_per_s, measured_flops_per_s
+        return dict.fromkeys(("mbu", "decode_flops_per_s", "measured_bytes_per_s", "cold_flops_per_s", "cold_share"))
+    from lorabatch.measure.machine import cold_flops_per_s, measured_bytes_per_s, processor
     from lorabatch.measure.roofline import decode_bytes, decode_flops, element_bytes
 
     kv_tokens, dtype, device = sum(s.decode_kv_tokens for s in stats), model.decoder.dtype, model.decoder.device
     steps, tokens = (sum(getattr(s, name) for s in stats) for name in ("decode_steps", "decode_tokens"))
     needed = decode_bytes(model.spec, steps=steps, kv_tokens=kv_tokens, element_bytes=element_bytes(quantize, dtype.itemsize))
     needed += adapter_bytes * sum(s.decode_adapters for s in stats)
-    bandwidth = measured_bytes_per_s(device)
+    flops_per_s = decode_flops(model.spec, tokens=tokens, kv_tokens=kv_tokens) / seconds
+    bandwidth = measured_bytes_per_s(device, reached=needed / seconds)
+    ceiling = cold_flops_per_s(TYPE_NAMES[dtype] if quantize == "none" else quantize, device, reached=flops_per_s)
     return {
         "mbu": needed / seconds / bandwidth,
-        "decode_flops_per_s": decode_flops(model.spec, tokens=tokens, kv_tokens=kv_tokens) / seconds,
+        "decode_flops_per_s": flops_per_s,
         "measured_bytes_per_s": bandwidth,
-        "measured_flops_per_s": measured_flops_per_s(dtype, device),
+        "cold_flops_per_s": ceiling,
+        "cold_share": max(needed / seconds / bandwidth, flops_per_s / ceiling),  # of whichever of the two binds
+        **processor(device),
     }
 
 

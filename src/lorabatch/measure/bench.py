@@ -12,7 +12,9 @@ import torch
 from lorabatch import hub
 from lorabatch.config import BenchConfig
 from lorabatch.measure.environment import gpu_description
+from lorabatch.measure.roofline import ABOVE
 from lorabatch.measure.scaling import bench_record, sweep
+from lorabatch.measure.waits import Watch, disturbed
 from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
 from lorabatch.records import write_json
@@ -56,23 +58,30 @@ class Bench:
     def points(self, measure: Measure) -> list[dict[str, Any]]:
         """Of ``measure.scaling.sweep``. Numbers of threads are swept twice: over the same work (strong scaling, the plain names),
         then over work that grows with them (weak scaling, ``weak_tokens_per_s``). The first run of each level warms up.
+        ``waited_share`` of a point: how long its repetitions waited for cores, of the time that they ran.
         """
         warm: set[tuple[int, int]] = set()
+        watches: dict[int, Watch] = {}
 
         def run(threads: int, size: int) -> Mapping[str, float | None]:
             torch.set_num_threads(threads)
             if (threads, size) not in warm:
                 warm.add((threads, size))
                 measure(size)
-            return measure(size)
+            with watches.setdefault(threads if config.threads_sweep else size, Watch()):
+                return measure(size)
 
         config, first = self.config, self.config.batch_sizes[0]
         if not config.threads_sweep:
-            return sweep("batch_size", config.batch_sizes, config.repeats, lambda size: run(self.threads, size))
+            points = sweep("batch_size", config.batch_sizes, config.repeats, lambda size: run(self.threads, size))
+            return [point | {"waited_share": watches[point["batch_size"]].share} for point in points]
         points = sweep("threads", config.threads_sweep, config.repeats, lambda p: run(p, first))
         weak = sweep("threads", config.threads_sweep, config.repeats, lambda p: run(p, p * first))
         torch.set_num_threads(self.threads)
-        return [point | {"weak_tokens_per_s": grown["tokens_per_s"]} for point, grown in zip(points, weak, strict=True)]
+        return [
+            point | {"weak_tokens_per_s": grown["tokens_per_s"], "waited_share": watches[point["threads"]].share}
+            for point, grown in zip(points, weak, strict=True)
+        ]
 
     def finish(self, kind: str, points: list[dict[str, Any]], command: list[str], **facts: Any) -> int:
         """Write the record, print it as a table."""
@@ -104,7 +113,12 @@ def table(record: Mapping[str, Any]) -> list[str]:
         rows.append([str(point[name]), *map(shown, medians), *ceiling, shown(rate["low"]), shown(rate["high"])])
     lines = ["".join(f"{text:>{max(9, len(head) + 2)}}" for head, text in zip(heads, row, strict=True)) for row in (heads, *rows)]
     if any(point.get("share_of_ceiling", 0) > 1 for point in record["points"]):
-        lines.append("faster than the ceiling: the machine was busy when that was measured; run lorabatch bench machine")
+        lines.append(f"faster than the ceiling: {ABOVE}")
+    waited = [f"{point[name]} ({point['waited_share']:.0%})" for point in record["points"] if disturbed(point.get("waited_share"))]
+    if waited:
+        lines.append(f"others had the cores at {name} {', '.join(waited)} (waited, of the time computed): these rates are too low")
+    if record.get("no_conclusion"):
+        lines.append(f"{'serial share' if name == 'threads' else 'knee'}: {record['no_conclusion']}")
     if record.get("knee") is not None:
         lines.append(f"knee: beyond {record['knee']} at once a doubling brings less than 1.5 times the throughput")
     for key, law in (("serial_share", "the same work (Amdahl)"), ("weak_serial_share", "work that grows with the threads (Gustafson)")):

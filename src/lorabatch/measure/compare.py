@@ -1,16 +1,19 @@
-"""``lorabatch compare A B``: is B faster than A? Yes only where the intervals of their medians do not overlap."""
+"""``lorabatch compare A B``: is B faster than A? Yes only where the intervals of their medians do not overlap,
+and never where the slower one had to wait for cores that others used."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lorabatch.errors import DataError, UsageError
 from lorabatch.measure.scaling import estimate, verdict
+from lorabatch.measure.waits import disturbed, waited_share
 from lorabatch.records import read_json, read_jsonl
 
-Rates = dict[str, dict[str, Any]]  # what was measured -> estimate of its tokens/s
+Rates = dict[str, dict[str, Any]]  # what was measured -> estimate of its tokens/s, and waited_share meanwhile (None: not recorded)
 
 
 def compare(a: Path, b: Path, *, across_hosts: bool) -> list[str]:
@@ -37,17 +40,23 @@ def compare(a: Path, b: Path, *, across_hosts: bool) -> list[str]:
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], Rates]:
+    metrics: Mapping[str, Any] = {}
     if path.is_dir():
         record = read_json(path / "run.json")
         if record.get("kind") == "train":
             steps = [e["tokens_per_s"] for e in read_jsonl(path / "events.jsonl") if e.get("event") == "step"]
-            return record, {"steps after the first": estimate(steps[1:])}  # the first one warms up
-        return record, {"repetitions": estimate(read_json(path / "metrics.json").get("pass_tokens_per_s") or [])}
+            with suppress(DataError):  # a run that was killed has none
+                metrics = read_json(path / "metrics.json")
+            return record, {
+                "steps after the first": estimate(steps[1:]) | {"waited_share": waited_share(metrics)}
+            }  # the first one warms up
+        metrics = read_json(path / "metrics.json")
+        return record, {"repetitions": estimate(metrics.get("pass_tokens_per_s") or []) | {"waited_share": waited_share(metrics)}}
     record = read_json(path)
     if not isinstance(record.get("points"), list):
         raise DataError("neither a run folder nor a file that lorabatch bench wrote", where=path, fix="give one of the two")
     sweep = record["sweep"]
-    return record, {f"{sweep} {point[sweep]}": point["tokens_per_s"] for point in record["points"]}
+    return record, {f"{sweep} {p[sweep]}": p["tokens_per_s"] | {"waited_share": p.get("waited_share")} for p in record["points"]}
 
 
 def _machine(record: Mapping[str, Any]) -> str:
@@ -76,7 +85,17 @@ def _line(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         interval = "" if e["low"] is None else f" [{e['low']:.1f}, {e['high']:.1f}]"
         return f"{e['median']:.1f}{interval}"
 
-    words = {"too few": "too few values to say (six are the least)", "overlap": "the intervals overlap: no difference shown"}
+    waits = [f"{who} waited for cores {e['waited_share']:.0%} as long as it computed" for who, e in (("A", a), ("B", b)) if _waited(e)]
+    words = {
+        "too few": "too few values to say (six are the least)",
+        "overlap": "the intervals overlap: no difference shown",
+        "waited": "no verdict, because the slower one was disturbed: measure it again on a quiet machine",
+    }
     found, counts = verdict(a, b), f"{len(a['values'])} and {len(b['values'])} values"
     said = words.get(found) or f"B is {found}, {b['median'] / a['median']:.2f} times A's median"
+    said = "; ".join((*waits, said))
     return f"{name}: A {shown(a)}, B {shown(b)} tokens/s (median and its interval of at least 95 %; {counts}): {said}"
+
+
+def _waited(rate: Mapping[str, Any]) -> bool:
+    return disturbed(rate.get("waited_share"))

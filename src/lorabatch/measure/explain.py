@@ -94,15 +94,17 @@ def _phase(facts: Facts, name: str) -> str:
 
 def _ceiling(facts: Facts) -> list[str]:
     share, ceiling, what, unit = {
-        "train": ("mfu", "measured_flops_per_s", "arithmetic of the steps", "Gflop/s"),
+        "train": ("cold_share", "cold_flops_per_s", "arithmetic of the steps", "Gflop/s"),
         "infer": ("mbu", "measured_bytes_per_s", "memory reads of decode", "GB/s"),
     }[facts.kind]
+    kind = "cold weights" if facts.kind == "train" else "memory"
     reached, peak = facts.metrics.get(share), facts.metrics.get(ceiling)
     if reached is None or not peak:
         return []
     if facts.kind == "train" and facts.metrics.get("train_s"):  # the record is of all steps, the first ones too, which are slow
         reached *= facts.metrics["train_s"] / facts.metrics["steps"] / (facts.work_s / facts.calls["step"])
-    return [f"{what}: {reached * peak / 1e9:.1f} of {peak / 1e9:.1f} {unit} measured on this machine ({reached:.0%})"]
+    said = f"{what}: {reached * peak / 1e9:.1f} of {peak / 1e9:.1f} {unit} measured on this machine with {kind} ({reached:.0%})"
+    return [said + (": the ceiling is too low, run lorabatch bench machine" if reached > 1 else "")]
 
 
 def _advice(facts: Facts) -> Iterator[tuple[float, str]]:

@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from lorabatch.model.spec import ModelSpec
 
+ABOVE = "the ceiling is too low: others had the cores when it was measured, or the weights fit in the caches; run lorabatch bench machine"
+
+
+def above_ceiling(share: float | None) -> str:
+    """What must stand beside a share of more than 100 %; empty for others."""
+    return f" ({ABOVE})" if share is not None and share > 1 else ""
+
 
 def training_flops(spec: ModelSpec, *, tokens: int, targets: int, squared_lengths: int, lora_params: int) -> float:
     """FLOPs of forward and backward of one set of documents.

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorabatch.measure.environment import environment
 from lorabatch.measure.statistics import mean, percentile
+from lorabatch.measure.waits import disturbed
 from lorabatch.records import SCHEMA_VERSION, utc_now
 
 CONFIDENCE = 0.95
@@ -94,15 +95,28 @@ def knee(levels: Sequence[int], rates: Sequence[float]) -> int | None:
     return levels[-1]
 
 
+def no_conclusion(name: str, points: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why nothing may be concluded from a sweep; None where it may. What ``verdict`` asks of two estimates is asked of every level."""
+    fewest = min(len(e["values"]) for p in points for e in (p["tokens_per_s"], p.get("weak_tokens_per_s")) if e is not None)
+    if median_interval([0.0] * fewest) is None:
+        return f"too few values to say ({fewest} of a level, six are the least)"
+    waited = [f"{p[name]} ({p['waited_share']:.0%})" for p in points if disturbed(p.get("waited_share"))]
+    return f"the levels {', '.join(waited)} waited for cores (of the time computed): measure again on a quiet machine" if waited else None
+
+
 def bench_record(kind: str, name: str, points: Sequence[Mapping[str, Any]], *, command: Sequence[str], **facts: Any) -> dict[str, Any]:
     """What ``lorabatch bench`` writes and ``report`` and ``compare`` read.
 
     kind: ``bench train`` or ``bench infer``; name: what was swept, ``batch_size`` or ``threads``;
     points: of ``sweep``, each with ``tokens_per_s``, with threads also ``weak_tokens_per_s``; facts: config, model, device, dtype, threads.
+    What may not be concluded is None, and ``no_conclusion`` says why.
     """
     levels, rates = [p[name] for p in points], [p["tokens_per_s"]["median"] for p in points]
-    found: dict[str, Any] = {}
-    if name == "threads":
+    why_not = no_conclusion(name, points)
+    found: dict[str, Any] = {"no_conclusion": why_not}
+    if why_not:
+        found |= dict.fromkeys(("serial_share", "karp_flatt", "weak_serial_share") if name == "threads" else ("knee",))
+    elif name == "threads":
         found["serial_share"] = serial_share(levels, [1 / rate for rate in rates])
         base = dict(zip(levels, rates, strict=True)).get(1)
         found["karp_flatt"] = {p: karp_flatt(rate / base, p) for p, rate in zip(levels, rates, strict=True)} if base else None
@@ -115,9 +129,13 @@ def bench_record(kind: str, name: str, points: Sequence[Mapping[str, Any]], *, c
 
 
 def verdict(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """For two estimates of a rate: ``faster``, ``slower`` (b than a), ``overlap``, or ``too few`` values to say."""
+    """For two estimates of a rate: ``faster``, ``slower`` (b than a), ``overlap``, ``too few`` values to say, or ``waited``: the one
+    that looks slower had to wait for cores, which may be all that makes it so. ``waited_share`` of each, where it is known.
+    """
     if a["low"] is None or b["low"] is None:
         return "too few"
     if b["low"] > a["high"]:
-        return "faster"
-    return "slower" if b["high"] < a["low"] else "overlap"
+        return "waited" if disturbed(a.get("waited_share")) else "faster"
+    if b["high"] < a["low"]:
+        return "waited" if disturbed(b.get("waited_share")) else "slower"
+    return "overlap"

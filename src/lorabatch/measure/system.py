@@ -172,15 +172,28 @@ def _read_process(pid: int) -> tuple[dict[str, float], int, int]:
     """(counters, resident pages, threads). Fields of ``/proc/PID/stat`` are counted after the name, which may hold anything."""
     fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     counters = {"cpu_s": sum(int(field) for field in fields[11:15]) / TICKS_PER_S}  # user, system, and of children waited for
-    with suppress(OSError, ValueError, IndexError):  # a kernel without it
-        waits = [(task / "schedstat").read_text(encoding="ascii").split()[1] for task in Path(f"/proc/{pid}/task").iterdir()]
-        counters["cpu_wait_s"] = sum(map(int, waits)) / 1e9  # ready to run, but others had the cores
+    if times := thread_times(pid):
+        counters["cpu_wait_s"] = sum(waited for _, waited in times.values())
     with suppress(OSError):  # another user's process
         for line in Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines():
             name, _, value = line.partition(": ")
             if name in IO_NAMES:
                 counters[IO_NAMES[name]] = float(value)
     return counters, int(fields[21]), int(fields[17])
+
+
+def thread_times(pid: int | str = "self") -> dict[str, tuple[float, float]]:
+    """Of each living thread the seconds that it ran, and those for which it was ready to run but others had the cores.
+
+    Empty where the kernel does not count them.
+    """
+    found = {}
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError, ValueError):  # not counted, or the thread ended meanwhile
+                ran, waited = (task / "schedstat").read_text(encoding="ascii").split()[:2]
+                found[task.name] = int(ran) / 1e9, int(waited) / 1e9
+    return found
 
 
 def _pss(pid: int) -> float | None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from lorabatch.measure.machine import measured_flops_per_s
-from lorabatch.measure.roofline import training_flops
+from lorabatch.measure.machine import cold_flops_per_s, processor
+from lorabatch.measure.roofline import above_ceiling, training_flops
 from lorabatch.measure.statistics import mean, percentile, perplexity, rate, summary
 from lorabatch.measure.system import peak_memory_bytes
+from lorabatch.model.device import TYPE_NAMES
 
 
 def data_record(corpus: Any, validation: Any) -> dict[str, Any]:
@@ -42,7 +43,8 @@ def data_line(corpus: Any, validation: Any) -> str:
 
 
 def metrics_record(state: Any, model: Any, size: Mapping[str, Any], phases: Mapping[str, float], device: Any, dtype: Any) -> dict[str, Any]:
-    mfu = ceiling = None
+    peak_bytes = peak_memory_bytes() if device.type == "cpu" else torch.cuda.max_memory_allocated()  # before ceilings are measured
+    achieved = ceiling = None
     if model.spec is not None and state.train_s:
         flops = training_flops(
             model.spec,
@@ -51,8 +53,8 @@ def metrics_record(state: Any, model: Any, size: Mapping[str, Any], phases: Mapp
             squared_lengths=state.squared_lengths,
             lora_params=size["trainable_params"],
         )
-        ceiling = measured_flops_per_s(dtype, device)
-        mfu = flops / state.train_s / ceiling
+        achieved = flops / state.train_s
+        ceiling = cold_flops_per_s(TYPE_NAMES[dtype], device, reached=achieved)
     best = state.best_eval or state.last_eval
     per_minute = rate(state.step, state.train_s)
     return {
@@ -75,9 +77,11 @@ def metrics_record(state: Any, model: Any, size: Mapping[str, Any], phases: Mapp
         "target_tokens": state.targets,
         "padding_share": 0.0 if model.backend == "native" else None,
         **size,
-        "mfu": mfu,
-        "measured_flops_per_s": ceiling,
-        "peak_memory_bytes": peak_memory_bytes() if device.type == "cpu" else torch.cuda.max_memory_allocated(),
+        "train_flops_per_s": achieved,
+        "cold_flops_per_s": ceiling,
+        "cold_share": achieved / ceiling if achieved and ceiling else None,
+        **processor(device),
+        "peak_memory_bytes": peak_bytes,
         "train_s": state.train_s,
         "phases": {name: round(seconds, 3) for name, seconds in phases.items()},
     }
@@ -100,7 +104,7 @@ def print_summary(metrics: Mapping[str, Any], path: Path, root: str) -> None:
         ("validation bits per byte", _bits(metrics)),
         ("tokens/s", _shown(metrics, "tokens_per_s", "{:.0f}")),
         ("median step", _shown(metrics, "median_step_ms", "{:.0f}", " ms")),
-        ("share of measured GEMM rate (4N)", _shown(metrics, "mfu", "{:.0%}")),
+        ("share of cold product rate (4N)", _shown(metrics, "cold_share", "{:.0%}") + above_ceiling(metrics["cold_share"])),
         ("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"),
     ]
     width = max(len(name) for name, _ in rows)
