@@ -79,7 +79,7 @@ def test_train_then_infer_leave_complete_runs(tiny_llama_dir, corpus, tmp_path, 
         "padding_share",
         "trainable_params",
     }
-    assert names | {"trainable_share", "peak_memory_bytes", "mfu", "rss_bytes", "cpu_percent"} <= set(metrics)
+    assert names | {"trainable_share", "peak_memory_bytes", "cold_share", "rss_bytes", "cpu_percent"} <= set(metrics)
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
     for folder in (run, run / "best", run / "last"):
         assert (folder / "adapter_model.safetensors").exists() and (folder / "adapter_config.json").exists()

@@ -294,7 +294,8 @@ def test_bench_infer_holds_each_batch_size_against_the_ceiling(tiny_llama_dir, t
     assert main(["bench", "infer", "--base_model", str(tiny_llama_dir), *sizes, "--output", str(output)]) == 0
     record = json.loads(output.read_text())
     table = capsys.readouterr().out
-    assert [point["batch_size"] for point in record["points"]] == [1, 3] and record["config"]["repeats"] == 2 and record["knee"] in (1, 3)
+    assert [point["batch_size"] for point in record["points"]] == [1, 3] and record["config"]["repeats"] == 2
+    assert record["knee"] is None and "too few values" in record["no_conclusion"] and record["no_conclusion"] in table
     for point in record["points"]:
         rates, times = point["tokens_per_s"]["values"], point["batch_latency_ms"]["values"]
         assert rates == pytest.approx([point["batch_size"] * 4 / ms * 1e3 for ms in times]) and len(rates) == 2
@@ -302,7 +303,7 @@ def test_bench_infer_holds_each_batch_size_against_the_ceiling(tiny_llama_dir, t
         assert f"{point['ceiling_tokens_per_s']:.0f}" in table
     assert main(["bench", "infer", "--base_model", str(tiny_llama_dir), *sizes, "--threads_sweep", "1", "2", "--output", str(output)]) == 0
     record = json.loads(output.read_text())
-    assert [point["threads"] for point in record["points"]] == [1, 2] and 0 <= record["serial_share"] <= 1
+    assert [point["threads"] for point in record["points"]] == [1, 2] and record["serial_share"] is None
     assert torch.get_num_threads() == record["threads"], "as before"
     assert main(["report", str(output), "--output_dir", str(tmp_path / "report")]) == 0
     assert main(["bench", "infer", "--base_model", str(tiny_llama_dir), "--input_tokens", "200"]) == 64
@@ -321,7 +322,7 @@ def test_ceiling_by_hand():
 
 def test_quality_of_int8_is_measured_on_the_true_tokens(tiny_llama_dir, tmp_path, capsys):
     reference = native(tiny_model("llama"))
-    if why := unsupported(reference.spec, torch.float32, torch.device("cpu"), quantize="int8"):
+    if why := unsupported(reference.spec, torch.float32, torch.device("cpu")):
         pytest.skip(why)
     texts = ["The patient has a fever and a cough.", "O paciente tem febre; a pressão está alta."]
     (tmp_path / "d.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")

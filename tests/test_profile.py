@@ -87,13 +87,16 @@ def test_the_lines_of_a_training():
     """10 s of work, 2.5 s a step, where all steps took 5 s: twice their share of the ceiling; of 6 s of backward 3 s in products and 1.5 s in adapters, so 1.5 s of torch and Python; start-up and evaluation apart."""
     phases = {"backward": 6.0, "forward": 4.0, "load": 1.0, "outside spans": 0.5, "evaluate": 3.0, "save": 1.0}
     inside = {"backward": {"products": 3.0, "adapters": 1.5}, "forward": {"products": 4.0}}
-    metrics = {"total_tokens": 4000, "steps": 4, "train_s": 20.0, "mfu": 0.25, "measured_flops_per_s": 4e11}
+    metrics = {"total_tokens": 4000, "steps": 4, "train_s": 20.0, "cold_share": 0.25, "cold_flops_per_s": 4e11}
     lines = explain(facts("train", phases=phases, inside=inside, metrics=metrics))
     assert lines[0] == "4 optimiser steps of 1000 tokens, 2.50 s each (bf16 on cpu, 2 threads; profiling slows it):"
     assert lines[1] == "  backward         6.00 s   60%   products 50%, adapters 25%, torch and Python 25%"
     assert lines[2] == "  forward          4.00 s   40%   products 100%"
     assert lines[3] == "besides: an evaluation 1.50 s (2 times), a save 0.25 s (4 times)"
-    assert lines[4].endswith("1.5 s, paid once per process") and "200.0 of 400.0 Gflop/s measured on this machine (50%)" in lines[5]
+    assert (
+        lines[4].endswith("1.5 s, paid once per process")
+        and "200.0 of 400.0 Gflop/s measured on this machine with cold weights (50%)" in lines[5]
+    )
     assert lines[6:] == [
         "what to change first:",
         "  1. the adapters take 15%: a smaller --lora_r, or fewer layers (--target_modules attn)",

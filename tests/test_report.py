@@ -54,8 +54,9 @@ TRAIN_METRICS = {
     "epoch_s": None,
     "p50_step_ms": 500.0,
     "tokens_per_s": 1234.5,
-    "mfu": 0.25,
-    "measured_flops_per_s": 4e11,
+    "train_flops_per_s": 3e11,
+    "cold_flops_per_s": 4e11,
+    "cold_share": 0.75,
     "padding_share": 0.0,
     "energy_j": None,
     "peak_memory_bytes": 3 * 2**29,
@@ -195,7 +196,11 @@ def test_what_was_not_measured_is_said_never_zero(runs, reports, language, name,
 def test_a_measured_zero_is_a_zero_and_a_share_has_its_base(runs):
     found = blocks(runs)
     assert cells(found, "Padding among the tokens") == ["0.0%", "–", "–"]
-    assert cells(found, "Arithmetic: achieved of measured peak (4N)") == ["100 Gflop/s of 400 Gflop/s (25.0%)", "–", "–"]
+    assert cells(found, "Arithmetic of training (4N) and decode (2N): achieved of the rate measured with cold weights") == [
+        "300 Gflop/s of 400 Gflop/s (75.0%)",
+        "not measured",
+        "not measured",
+    ]
 
 
 class Page(HTMLParser):

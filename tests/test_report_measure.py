@@ -50,7 +50,11 @@ def said(tmp_path, kind, changes, environment=None):
         ("train", {"gpu_util_percent": 59.0}, None, "the GPU was idle 41.0% of the time: larger --block_tokens"),
         ("infer", {"gpu_util_percent": 59.0}, None, "more requests at once (--batch_size)"),
         ("infer", {"gpu_throttle_share": {"power cap": 0.5}}, None, "the GPU's clock was held down (power cap) in 50.0%"),
-        ("train", {"mfu": 1.2}, None, "run lorabatch bench machine again"),
+        ("train", {"cold_share": 1.2}, None, "run lorabatch bench machine again"),
+        ("train", {"cold_share": 0.2, "better_variants": {"kernels": "turned off"}}, None, "reached 20.0% of what this machine can do with cold weights: torch's own operators served instead of our kernels (turned off)."),
+        ("train", {"cold_share": 0.2, "kernel_variant": "vnni", "better_variants": {"amx": "x"}, "total_tokens": 300}, None, "its steps have 100 tokens"),
+        ("infer", {"cold_share": 0.49, "cpu_wait_percent": 95.0}, None, "it waited for cores that others used (50.0% of the time computed)"),
+        ("infer", {"cold_share": 0.49}, None, "the records show no cause; lorabatch profile infer says"),
         ("train", {"train_s": 60.0, "phases": {"loop_s": 100.0}}, None, "spent 40.0% of its loop on evaluation and saving"),
         ("infer", {"startup_s": 5.0, "duration_s": 5.0}, None, "spent 50.0% of its time on start-up"),
         ("infer", {"mean_running": 4.0, "max_running": 16}, None, "had 4.00 of 16 requests running on average"),
@@ -112,10 +116,10 @@ def test_an_epoch_that_was_not_completed_is_estimated_and_said_to_be(tmp_path):
 
 def test_places_on_the_roofline(tmp_path):
     """Training: 2 * 2048 / 4 flop a byte; decoding: its flops over the bytes it had to read. Another machine is not drawn with them."""
-    decode = INFER_METRICS | {"mbu": 0.5, "measured_bytes_per_s": 2e10, "decode_flops_per_s": 4e10, "measured_flops_per_s": 5e11}
+    decode = INFER_METRICS | {"mbu": 0.5, "measured_bytes_per_s": 2e10, "decode_flops_per_s": 4e10, "cold_flops_per_s": 5e11}
     paths = [train_run(tmp_path / "lora"), infer_run(tmp_path / "out", [completion(0, "a", "x")], metrics=decode)]
     trained, inferred = load_runs(paths)
-    assert position(trained) == (2 * 2048 / 4, 0.25 * 4e11) and position(inferred) == (4.0, 4e10)
+    assert position(trained) == (2 * 2048 / 4, 3e11) and position(inferred) == (4.0, 4e10)
     (drawn,) = roofline_plots(Words("en"), [trained, inferred])
     assert "lora" in drawn.svg and "out" in drawn.svg and "20.0 GB/s" in drawn.svg
     assert roofline_plots(Words("en"), [trained]) == [], "no memory rate was measured"

@@ -111,15 +111,25 @@ def test_faster_only_where_intervals_do_not_overlap():
 
 def test_a_record_says_what_was_swept_and_what_follows():
     points = [
-        {"threads": p, "tokens_per_s": estimate([r]), "weak_tokens_per_s": estimate([w])}
+        {"threads": p, "tokens_per_s": estimate([r] * 6), "weak_tokens_per_s": estimate([w] * 6)}
         for p, r, w in ((1, 100.0, 100.0), (2, 160.0, 190.0))
     ]
     record = bench_record("bench infer", "threads", points, command=["lorabatch"], device="cpu")
     assert record["weak_serial_share"] == pytest.approx(0.1), "2 - 1.9 over 2 - 1"
     assert record["serial_share"] == pytest.approx(0.25) and record["karp_flatt"] == {1: None, 2: pytest.approx(0.25)}
-    points = [{"batch_size": p, "tokens_per_s": estimate([r])} for p, r in ((1, 100.0), (2, 120.0))]
+    points = [{"batch_size": p, "tokens_per_s": estimate([r] * 6)} for p, r in ((1, 100.0), (2, 120.0))]
     record = bench_record("bench infer", "batch_size", points, command=[], device="cpu")
     assert record["knee"] == 1 and record["environment"]["host"] and record["points"][1]["batch_size"] == 2
+    assert record["no_conclusion"] is None
+
+
+def test_nothing_is_concluded_from_few_values_or_from_levels_that_waited():
+    few = [{"batch_size": p, "tokens_per_s": estimate([r] * 5)} for p, r in ((1, 100.0), (2, 120.0))]
+    record = bench_record("bench infer", "batch_size", few, command=[], device="cpu")
+    assert record["knee"] is None and "too few values" in record["no_conclusion"]
+    waited = [{"batch_size": p, "tokens_per_s": estimate([r] * 6), "waited_share": w} for p, r, w in ((1, 100.0, 0.0), (2, 120.0, 0.4))]
+    record = bench_record("bench infer", "batch_size", waited, command=[], device="cpu")
+    assert record["knee"] is None and "the levels 2 (40%) waited for cores" in record["no_conclusion"]
 
 
 def test_bench_train_measures_whole_steps(tiny_llama_dir, tmp_path, capsys):
@@ -127,7 +137,7 @@ def test_bench_train_measures_whole_steps(tiny_llama_dir, tmp_path, capsys):
     flags = ["--base_model", str(tiny_llama_dir), "--document_tokens", "16", "--repeats", "2", "--dtype", "fp32", "--output", str(output)]
     assert main(["bench", "train", *flags, "--batch_sizes", "1", "3"]) == 0
     record = json.loads(output.read_text())
-    assert [point["batch_size"] for point in record["points"]] == [1, 3] and record["knee"] in (1, 3)
+    assert [point["batch_size"] for point in record["points"]] == [1, 3] and record["knee"] is None
     for point in record["points"]:
         tokens = [rate * ms / 1e3 for rate, ms in zip(point["tokens_per_s"]["values"], point["step_ms"]["values"], strict=True)]
         assert tokens == pytest.approx([16 * point["batch_size"]] * 2)
@@ -137,13 +147,17 @@ def test_bench_train_measures_whole_steps(tiny_llama_dir, tmp_path, capsys):
 def test_threads_are_swept_over_fixed_and_over_growing_work(kind, tiny_llama_dir, tmp_path, capsys):
     output = tmp_path / "bench.json"
     flags = {"train": ["--document_tokens", "16"], "infer": ["--input_tokens", "4", "--max_new_tokens", "3"]}[kind]
-    flags += ["--base_model", str(tiny_llama_dir), "--repeats", "2", "--dtype", "fp32", "--output", str(output)]
+    flags += ["--base_model", str(tiny_llama_dir), "--repeats", "6", "--dtype", "fp32", "--output", str(output)]
     assert main(["bench", kind, *flags, "--batch_sizes", "2", "--threads_sweep", "1", "2"]) == 0
     record, text = json.loads(output.read_text()), capsys.readouterr().out
     assert [point["threads"] for point in record["points"]] == [1, 2]
-    assert all(len(point[key]["values"]) == 2 for point in record["points"] for key in ("tokens_per_s", "weak_tokens_per_s"))
-    assert 0 <= record["serial_share"] <= 1 and 0 <= record["weak_serial_share"] <= 1
-    assert "weak tokens/s" in text and "(Amdahl)" in text and "(Gustafson)" in text
+    assert all(len(point[key]["values"]) == 6 for point in record["points"] for key in ("tokens_per_s", "weak_tokens_per_s"))
+    if record["no_conclusion"]:  # others had the cores
+        assert "waited for cores" in record["no_conclusion"] and record["serial_share"] is record["weak_serial_share"] is None
+    else:
+        assert 0 <= record["serial_share"] <= 1 and 0 <= record["weak_serial_share"] <= 1
+        assert "(Amdahl)" in text and "(Gustafson)" in text
+    assert "weak tokens/s" in text
     assert ("bound by" in text) == (kind == "infer")
 
 

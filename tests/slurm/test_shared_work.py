@@ -12,7 +12,7 @@ POISON = "POISON the process that reads this dies"
 # Read by the interpreter of every child: a prompt that takes its process down, as a faulty kernel or driver would.
 SITECUSTOMIZE = f"""
 import os, signal, sys
-if "--rows" in sys.orig_argv:
+if "lorabatch.infer.ranges" in sys.orig_argv:
     import lorabatch.infer.feed as feed
     true_prepare = feed.prepare
     def prepare(requests, *args, **kwargs):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from lorabatch.measure.explain import FEW_ROWS
+from lorabatch.measure.waits import disturbed, waited_share
 from lorabatch.report.load import Bench, InferRun, Run, TrainRun
 from lorabatch.report.threats import DISTURBED
 from lorabatch.report.words import Words
@@ -17,6 +19,7 @@ ENOUGH_LEFT = 0.5  # less than this share of a request used: ask for less
 TIGHT = 0.9
 HEADROOM = 1.5  # of the memory used, in what we suggest to ask for
 IDLE_GPU_PERCENT = 60
+ENOUGH_OF_CEILING = 0.5
 SHARE_WORTH_SAYING = 0.25
 
 
@@ -70,9 +73,11 @@ def _gpu(words: Words, run: Run) -> Iterator[str]:
 
 
 def _time(words: Words, run: Run) -> Iterator[str]:
-    for name in ("mfu", "mbu"):
-        if (run.metric(name) or 0) > 1:
-            yield words("advice_ceiling", run=run.label)
+    share = run.metric("cold_share")
+    if share is not None and share > 1:
+        yield words("advice_ceiling", run=run.label)
+    elif share is not None and share < ENOUGH_OF_CEILING:
+        yield words("advice_slow", run=run.label, share=words.quantity(share, "share"), why=_why_slow(words, run))
     if isinstance(run, TrainRun):
         loop, steps = ((run.metrics or {}).get("phases") or {}).get("loop_s"), run.metric("train_s")
         if loop and steps is not None and (loop - steps) / loop > SHARE_WORTH_SAYING:
@@ -84,6 +89,20 @@ def _time(words: Words, run: Run) -> Iterator[str]:
         mean, most = run.metric("mean_running"), run.metric("max_running")
         if mean and most and mean / most < 0.7:
             yield words("advice_drained", run=run.label, mean=words.number(mean), most=words.number(most))
+
+
+def _why_slow(words: Words, run: Run) -> str:
+    """What the records know of it."""
+    metrics, steps, tokens = run.metrics or {}, run.metric("steps"), run.metric("total_tokens")
+    better, waited = metrics.get("better_variants") or {}, waited_share(metrics)
+    reasons = []
+    if better and metrics.get("kernel_variant") is None:
+        reasons.append(words("slow_kernels", why="; ".join(dict.fromkeys(map(str, better.values())))))
+    if disturbed(waited):
+        reasons.append(words("slow_waited", share=words.quantity(waited, "share")))
+    if isinstance(run, TrainRun) and steps and tokens and tokens / steps < FEW_ROWS:
+        reasons.append(words("slow_few_rows", rows=words.number(tokens / steps)))
+    return "; ".join(reasons) or words("slow_unknown", command="train" if isinstance(run, TrainRun) else "infer")
 
 
 def _knee(words: Words, bench: Bench) -> Iterator[str]:

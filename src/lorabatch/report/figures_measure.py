@@ -19,10 +19,10 @@ def position(run: Run) -> tuple[float, float] | None:
     and token over 2 reads. Decoding: the flops and the bytes of its own records.
     """
     if isinstance(run, TrainRun):
-        share, peak, size = run.metric("mfu"), run.metric("measured_flops_per_s"), ELEMENT_BYTES.get(str(run.record.get("dtype")))
+        achieved, size = run.achieved_flops_per_s, ELEMENT_BYTES.get(str(run.record.get("dtype")))
         block = run.config.get("block_tokens")
-        return (2.0 * block / size, share * peak) if share and peak and size and block else None
-    share, bandwidth, flops = (run.metric(name) for name in ("mbu", "measured_bytes_per_s", "decode_flops_per_s"))
+        return (2.0 * block / size, achieved) if achieved and size and block else None
+    share, bandwidth, flops = run.metric("mbu"), run.metric("measured_bytes_per_s"), run.achieved_flops_per_s
     return (flops / (share * bandwidth), flops) if share and bandwidth and flops else None
 
 
@@ -32,8 +32,7 @@ def roofline_plots(words: Words, runs: Sequence[Run]) -> list[Plot]:
     bandwidths = [value for run in runs if (value := run.metric("measured_bytes_per_s"))]
     peaks: dict[str, float] = {}
     for run in runs:
-        name = str(run.record.get("dtype"))
-        peaks[name] = max(peaks.get(name, 0.0), run.metric("measured_flops_per_s") or 0.0)
+        peaks[run.precision] = max(peaks.get(run.precision, 0.0), run.metric("cold_flops_per_s") or 0.0)
     peaks = {name: peak for name, peak in peaks.items() if peak}
     if not places or not bandwidths or not peaks or len({str(run.environment.get("host")) for run in runs}) > 1:
         return []

@@ -107,6 +107,16 @@ class Run:
         value = (self.metrics or {}).get(name)
         return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
+    @property
+    def achieved_flops_per_s(self) -> float | None:
+        """What the mathematics asked for, over the time it took: of training's steps, or of decoding."""
+        return self.metric("train_flops_per_s" if isinstance(self, TrainRun) else "decode_flops_per_s")
+
+    @property
+    def precision(self) -> str:
+        """Type of the products."""
+        return "int8" if self.config.get("quantize") == "int8" else str(self.record.get("dtype"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRun(Run):

@@ -232,17 +232,20 @@ def latency(words: Words, runs: Sequence[InferRun]) -> Table:
 def efficiency(words: Words, runs: Sequence[Run], *, grid_g_per_kwh: float) -> Table:
     """Shares always beside what they are shares of; a dash where a quantity does not exist for a kind of run."""
 
-    def share(name: str, ceiling: str, unit: str, kind: type[Run]) -> Show:
-        def cell(run: Run) -> str:
-            part, whole = run.metric(name), run.metric(ceiling)
-            if not isinstance(run, kind):
-                return words("not_applicable")
-            if part is None or whole is None:
-                return words("not_measured")
-            achieved = words.quantity(part * whole, unit)
-            return words("share_of", value=achieved, ceiling=words.quantity(whole, unit), share=words.quantity(part, "share"))
+    def of_ceiling(achieved: float | None, ceiling: float | None, unit: str) -> str:
+        if achieved is None or not ceiling:
+            return words("not_measured")
+        share = words.quantity(achieved / ceiling, "share")
+        return words("share_of", value=words.quantity(achieved, unit), ceiling=words.quantity(ceiling, unit), share=share)
 
-        return cell
+    def arithmetic(run: Run) -> str:
+        return of_ceiling(run.achieved_flops_per_s, run.metric("cold_flops_per_s"), "flop/s")
+
+    def memory(run: Run) -> str:
+        if not isinstance(run, InferRun):
+            return words("not_applicable")
+        share, ceiling = run.metric("mbu"), run.metric("measured_bytes_per_s")
+        return of_ceiling(None if share is None or ceiling is None else share * ceiling, ceiling, "bytes/s")
 
     def padding(run: Run) -> str:
         return words.quantity(run.metric("padding_share"), "share") if isinstance(run, TrainRun) else words("not_applicable")
@@ -253,8 +256,8 @@ def efficiency(words: Words, runs: Sequence[Run], *, grid_g_per_kwh: float) -> T
 
     measured = any(run.metric(name) is not None for run in runs for name in GPU_METRICS)
     rows = [
-        (words("mfu"), share("mfu", "measured_flops_per_s", "flop/s", TrainRun)),
-        (words("mbu"), share("mbu", "measured_bytes_per_s", "bytes/s", InferRun)),
+        (words("arithmetic"), arithmetic),
+        (words("mbu"), memory),
         (words("padding_share"), padding),
         *metric_rows(words, MACHINE_METRICS),
         *(metric_rows(words, GPU_METRICS) if measured else [(words("gpu_figures"), lambda run: words("not_measured"))]),

@@ -198,7 +198,10 @@ TEXT: dict[str, tuple[str, str]] = MEASURE | {
     "after": ("After ({run})", "Depois ({run})"),
     # efficiency
     "efficiency": ("Efficiency", "Eficiência"),
-    "mfu": ("Arithmetic: achieved of measured peak (4N)", "Aritmética: obtido do pico medido (4N)"),
+    "arithmetic": (
+        "Arithmetic of training (4N) and decode (2N): achieved of the rate measured with cold weights",
+        "Aritmética do treino (4N) e da decodificação (2N): obtido da taxa medida com pesos frios",
+    ),
     "mbu": ("Memory reads in decode: achieved of measured peak", "Leitura de memória na decodificação: obtido do pico medido"),
     "share_of": ("{value} of {ceiling} ({share})", "{value} de {ceiling} ({share})"),
     "peak_memory_bytes": ("Peak memory (GPU, else process)", "Pico de memória (GPU, senão processo)"),

@@ -40,6 +40,26 @@ MEASURE: dict[str, tuple[str, str]] = {
         "{run} was faster than the ceiling measured for this machine, so the machine was busy then: run lorabatch bench machine again.",
         "{run} foi mais rápida que o teto medido desta máquina, que portanto estava ocupada: rode lorabatch bench machine de novo.",
     ),
+    "advice_slow": (
+        "{run} reached {share} of what this machine can do with cold weights: {why}.",
+        "{run} alcançou {share} do que esta máquina consegue com pesos frios: {why}.",
+    ),
+    "slow_kernels": (
+        "torch's own operators served instead of our kernels ({why})",
+        "os operadores do torch serviram no lugar dos nossos kernels ({why})",
+    ),
+    "slow_waited": (
+        "it waited for cores that others used ({share} of the time computed)",
+        "esperou núcleos que outros usavam ({share} do tempo de cálculo)",
+    ),
+    "slow_few_rows": (
+        "its steps have {rows} tokens, so that products use each weight too seldom (--batch_size)",
+        "seus passos têm {rows} tokens, e os produtos usam cada peso raramente demais (--batch_size)",
+    ),
+    "slow_unknown": (
+        "the records show no cause; lorabatch profile {command} says where the time goes",
+        "os registros não mostram a causa; lorabatch profile {command} diz onde o tempo foi gasto",
+    ),
     "advice_evaluation": (
         "{run} spent {share} of its loop on evaluation and saving: a larger --eval_every_steps or a smaller --max_val_documents.",
         "{run} gastou {share} do laço em avaliação e gravação: aumente --eval_every_steps ou reduza --max_val_documents.",
