@@ -50,12 +50,13 @@ def results_name(kind: str, host: str) -> str:
     return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', host.lower()).strip('-')}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
 
 
-def newest(kind: str) -> dict[str, Any]:
-    """The results file of that kind whose name sorts last by its date; sys.exit if there is none."""
-    files = sorted((HERE / "results").glob(f"{kind}-*.json"), key=lambda path: path.stem[-10:])
+def of_each_machine(kind: str, folder: Path = HERE / "results") -> list[dict[str, Any]]:
+    """The newest results of that kind of every machine, the newest first; sys.exit if there are none."""
+    files = sorted(folder.glob(f"{kind}-*.json"), key=lambda path: path.stem[-10:])
     if not files:
-        sys.exit(f"no {kind} results in {HERE / 'results'}; run: python benchmarks/{kind}.py")
-    return json.loads(files[-1].read_text(encoding="utf-8"))
+        sys.exit(f"no {kind} results in {folder}; run: python benchmarks/{kind}.py")
+    last = {path.stem[:-11]: path for path in files}  # names end in the date
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(last.values(), key=lambda path: path.stem[-10:], reverse=True)]
 
 
 def agreement(a: list[str], b: list[str]) -> float:
@@ -212,7 +213,8 @@ def main() -> None:
         text = page.read_text(encoding="utf-8")
         for name, (kind, render) in TABLES.items():
             if f"<!-- bench:{name} -->" in text:
-                text = insert(text, name, render(newest(kind), "pt" if page.stem.endswith("pt-BR") else "en"))
+                language = "pt" if page.stem.endswith("pt-BR") else "en"
+                text = insert(text, name, "\n\n".join(render(results, language) for results in of_each_machine(kind)))
         page.write_text(text, encoding="utf-8")
 
 

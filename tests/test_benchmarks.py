@@ -53,6 +53,13 @@ def test_agreement_counts_to_the_first_difference():
     assert tables.agreement(["1 2", "3 4"], ["1 2", "3 4"]) == 1.0
 
 
+def test_each_machine_has_its_newest_results(tmp_path):
+    for name in ("infer-zen-3-2026-11-20", "infer-zen-3-2026-11-29", "infer-zen-5-2026-11-25", "train-zen-3-2026-11-30"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name}))
+    found = [results["name"] for results in tables.of_each_machine("infer", tmp_path)]
+    assert found == ["infer-zen-3-2026-11-29", "infer-zen-5-2026-11-25"]
+
+
 def test_only_the_marked_part_of_a_page_changes():
     page = "before\n<!-- bench:infer -->\nold\n<!-- /bench:infer -->\nafter\n<!-- bench:train -->\n<!-- /bench:train -->\n"
     new = tables.insert(page, "infer", r"| 1\2 |")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lorabatch import processor
 from lorabatch.errors import UnavailableError
 from lorabatch.measure import environment
 from lorabatch.measure.environment import usable_cores
@@ -74,7 +75,7 @@ def test_cpus_get_bf16_only_if_native_and_faster(has_it, faster, monkeypatch):
 def test_bf16_is_read_from_the_processors_flags(line, expected, tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\n" + line)
-    monkeypatch.setattr(device, "open", lambda path, **kwargs: cpuinfo.open(**kwargs), raising=False)
+    monkeypatch.setattr(processor, "open", lambda path, **kwargs: cpuinfo.open(**kwargs), raising=False)
     assert device.cpu_has_bf16() == expected
     cpuinfo.unlink()
     assert not device.cpu_has_bf16()  # no such file: not Linux

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import native, random_ids, tiny_model
 
-from lorabatch import kernels
+from lorabatch import kernels, processor
 from lorabatch.errors import LorabatchError
 from lorabatch.infer.program import Program
 from lorabatch.model.fused import passes_for
@@ -48,7 +48,7 @@ def lorabatch(*arguments, **environment):
 )
 def test_the_best_variant_that_the_processor_has_serves(monkeypatch, flags, vendor, refused, best):
     monkeypatch.delenv(kernels.SWITCH, raising=False)
-    monkeypatch.setattr(kernels, "_cpuinfo", {"flags": flags, "vendor_id": vendor}.get)
+    monkeypatch.setattr(processor, "cpuinfo", {"flags": flags, "vendor_id": vendor}.get)
     monkeypatch.setattr(kernels, "_tiles_refused", lambda: refused)
     names = [v.name for v in kernels._candidates()]
     assert names[:1] == ([best] if best else []) and "emulated-amx" not in names

@@ -6,9 +6,11 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from lorabatch.measure.environment import environment
 from lorabatch.measure.system import ControlGroup, Rapl, SystemSampler, descendants
 
 BURN = """
@@ -126,3 +128,12 @@ def test_waiting_for_a_core_is_seen(tmp_path):
     for child in children:
         child.wait()
     assert sampler.summary()["cpu_wait_percent"] > 20
+
+
+def test_the_processor_is_named_with_its_generation():
+    """The name AMD EPYC alone is Zen 2 as well as Zen 5."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in lines.items()}
+    if "cpu family" not in facts:
+        pytest.skip("not an x86 processor")
+    assert environment()["cpu"] == f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"

@@ -24,6 +24,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorabatch import processor
 from lorabatch.errors import UnavailableError, UsageError, nearest
 
 SWITCH = "LORABATCH_KERNELS"
@@ -138,7 +139,7 @@ def _say_what_is_missed(name: str, serves: Variant) -> None:
     if os.environ.get(SWITCH, "on") != "on" or name != "step":
         return
     for better in VARIANTS[: VARIANTS.index(serves)]:
-        reason = _failed.get((name, better.name)) or (_tiles_refused() if better.tiles and better.needs <= cpu_flags() else None)
+        reason = _failed.get((name, better.name)) or (_tiles_refused() if better.tiles and better.needs <= processor.flags() else None)
         if reason:
             print(f"CPU kernels: {better.name} does not serve ({reason}): {serves.name} does", file=sys.stderr)
 
@@ -162,11 +163,11 @@ def _candidates() -> list[Variant]:
 
 def _lacks(candidate: Variant, *, named: bool = False) -> str | None:
     """What this machine lacks for a variant. The vendor counts only where nobody named the variant: the instructions are the same."""
-    missing = sorted((AVX512 | candidate.needs) - cpu_flags())
+    missing = sorted((AVX512 | candidate.needs) - processor.flags())
     if missing:
         return f"the processor has no {', '.join(missing)}"
-    if candidate.vendor not in (None, cpu_vendor()) and not named:
-        return f"not faster on a processor of {cpu_vendor() or 'an unknown vendor'}"
+    if candidate.vendor not in (None, processor.vendor()) and not named:
+        return f"not faster on a processor of {processor.vendor() or 'an unknown vendor'}"
     return _tiles_refused() if candidate.tiles and not candidate.for_tests else None
 
 
@@ -183,24 +184,6 @@ def _tiles_refused() -> str | None:
     except (OSError, AttributeError) as error:
         return f"no way to ask for tiles: {error}"
     return f"the operating system does not permit tiles: {os.strerror(ctypes.get_errno())}" if refused else None
-
-
-def cpu_flags() -> frozenset[str]:
-    return frozenset(_cpuinfo("flags").split())
-
-
-def cpu_vendor() -> str:
-    return _cpuinfo("vendor_id")
-
-
-@functools.cache
-def _cpuinfo(key: str) -> str:
-    """The first processor's line; empty where there is none."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return next((value.strip() for name, _, value in (line.partition(":") for line in file) if name.strip() == key), "")
-    except OSError:
-        return ""
 
 
 def _loaded(name: str, candidate: Variant) -> ctypes.CDLL:

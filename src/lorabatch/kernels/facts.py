@@ -6,7 +6,7 @@ import shlex
 import shutil
 from typing import Any
 
-from lorabatch import kernels
+from lorabatch import kernels, processor
 
 TYPES = {"bf16": {"avx512_bf16", "amx_bf16"}, "int8": {"avx512_vnni", "amx_int8"}}  # type -> flags of processors that multiply it natively
 
@@ -21,5 +21,5 @@ def facts() -> dict[str, Any]:
         compiler = shutil.which(shlex.split(kernels._compiler())[0]) is not None
     except OSError:
         compiler = False
-    types = [name for name, flags in TYPES.items() if flags & kernels.cpu_flags()]
+    types = [name for name, flags in TYPES.items() if flags & processor.flags()]
     return {"variant": kernels.variant(), "why_not": kernels.why_not(), "compiler": compiler, "types": types}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from lorabatch import processor
 from lorabatch.errors import UnavailableError
 from lorabatch.measure.environment import usable_cores
 from lorabatch.measure.system import free_memory_bytes
@@ -73,12 +74,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return False
-    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return not processor.flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _bf16_is_faster(*, at_least: float = 1.2) -> bool:

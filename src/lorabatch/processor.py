@@ -1,0 +1,29 @@
+"""What kind of processor this machine has, as Linux names it."""
+
+from __future__ import annotations
+
+import platform
+
+
+def cpuinfo(key: str) -> str:
+    """The first processor's line of /proc/cpuinfo; empty where there is none."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            return next((value.strip() for name, _, value in (line.partition(":") for line in file) if name.strip() == key), "")
+    except OSError:
+        return ""
+
+
+def flags() -> frozenset[str]:
+    """Instruction sets, by their names there (on ARM the line is called Features)."""
+    return frozenset((cpuinfo("flags") or cpuinfo("Features") or "").split())
+
+
+def vendor() -> str:
+    return cpuinfo("vendor_id")
+
+
+def processor_name() -> str:
+    """With its family and model: clouds call every generation of a vendor by one name."""
+    name, numbers = cpuinfo("model name") or platform.machine(), [cpuinfo(key) for key in ("cpu family", "model")]
+    return "{} (family {}, model {})".format(name, *numbers) if all(numbers) else name
