@@ -159,14 +159,14 @@ def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> _
 
 def _read_adapters(model: Any, names: AdapterNames, *, apart: bool) -> tuple[tuple[LoraWeights, ...], list[str]]:
     """(those that stay apart, what each of --adapters is by content). All are checked against the base before anything is generated."""
-    from lorabatch.model.lora import linear_shapes, load_adapter
+    from lorabatch.model.lora import load_adapter
 
     bank, digests = [], []
     for folder in names.folders.values():
         if model.backend == "hf":
             digests.append(files_sha256(folder))
             continue
-        weights = load_adapter(folder, linear_shapes(model.decoder), base_fingerprint=model.base_fingerprint)
+        weights = load_adapter(folder, model.linear_shapes, base_fingerprint=model.base_fingerprint)
         digests.append(weights.digest())
         if apart:
             bank.append(weights)

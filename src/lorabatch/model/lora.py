@@ -171,11 +171,6 @@ def attach(decoder: Decoder, settings: LoraSettings, *, seed: int) -> AdapterSet
     return AdapterSet(settings, pairs, places)
 
 
-def linear_shapes(decoder: Decoder) -> dict[str, tuple[int, int]]:
-    """Path -> (O, I) of every layer that can carry an adapter."""
-    return {part.path: (part.stop - part.start, layer.in_features) for layer in decoder.linears() for part in layer.parts}
-
-
 def save_adapter(folder: Path, weights: LoraWeights, *, base_name: str, base_fingerprint: str | None, fan_in_fan_out: bool) -> None:
     """Write an adapter folder that peft and ``load_adapter`` read. Files are replaced one by one, weights first."""
     folder.mkdir(parents=True, exist_ok=True)

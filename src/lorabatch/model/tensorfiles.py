@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lorabatch.errors import DataError
@@ -13,13 +15,21 @@ from lorabatch.records import writing
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, on the CPU. Raises DataError."""
+    """All tensors of a file by name, on the CPU: mapped, so that names and shapes cost nothing. Raises DataError."""
     from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise DataError("not a file", where=path, fix="copy it again")
 
     try:
         return load_file(path)
     except Exception as error:  # the library raises its own class for every kind of damage
         raise DataError(f"not a readable safetensors file ({error})", where=path, fix="copy it again") from None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """One pass without a copy: the sum over a value that is not finite is none either, and hardly any other."""
+    return tensor.is_meta or math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
