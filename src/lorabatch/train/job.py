@@ -92,7 +92,7 @@ class Job:
         )
         size = f"{self.name}: trainable {self._size['trainable_params']:,}; " if self.name else ""
         print(size + data_line(self._corpus, self._validation))
-        facts = {"base": fingerprint or base.source.name, "machine": machine, "here": self.run.record["environment"]}
+        facts = {"base": base.model.identity, "machine": machine, "here": self.run.record["environment"]}
         identity = identity_of(config, self._corpus, self._validation, **facts)
         self._saver = Saver(self.run, config, identity, self.learner, base.model, base.source.name, writes=base.ranks.is_first)
         self._saver.resume(self._found)
