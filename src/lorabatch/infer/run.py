@@ -305,7 +305,8 @@ class _Work:
             self.progress.update()
 
         loaded, config = self._loaded, self._config
-        return Feed(self._prompts, loaded.tokenizer, limit=loaded.limit, long_prompt=config.long_prompt, done=mask, on_error=on_error)
+        fitting: dict[str, Any] = {"limit": loaded.limit, "long_prompt": config.long_prompt, "vocab_size": loaded.model.vocab_size}
+        return Feed(self._prompts, loaded.tokenizer, **fitting, done=mask, on_error=on_error)
 
     def on_finish(self, session: Session, feed: Feed, latencies: Latencies, *, record: bool) -> Callable[[Request], None]:
         start = time.perf_counter()

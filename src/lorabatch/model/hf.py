@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from lorabatch.errors import DataError, UnavailableError, UsageError
 from lorabatch.model.attention import Segment
-from lorabatch.model.lora import KEY_PREFIX, AdapterSet, LoraSettings, LoraWeights, load_adapter
+from lorabatch.model.lora import KEY_PREFIX, AdapterSet, LoraWeights, load_adapter
+from lorabatch.model.lora_settings import LoraSettings
 from lorabatch.model.spec import ModelSpec
 from lorabatch.model.tensorfiles import is_finite
 from lorabatch.model.weights import checked, fingerprint, read_checkpoint
@@ -32,7 +33,7 @@ class HfModel:
     adapter: LoraWeights | None = None
     base_fingerprint: str | None = None
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
         config: Any = model.config
         self.max_positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
@@ -67,20 +68,23 @@ class HfModel:
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Path -> (O, I) of every layer that can carry an adapter: not a head that is the embedding's own weight."""
-        return {path: tuple(_weight(module).shape) for path, module in self._linears()}
+        return {path: (len(weight), weight.shape[1]) for path, weight in self._linears()}
 
-    def _linears(self) -> Iterator[tuple[str, nn.Module]]:
+    def _linears(self) -> Iterator[tuple[str, Tensor]]:
+        """(path, weight [O, I]) of each; of a Conv1D, which stores [I, O], a view."""
         embedding = self.model.get_input_embeddings().weight
         for path, module in self.model.named_modules():
-            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module.weight is not embedding:
-                yield path, module
+            if isinstance(module, nn.Linear) and module.weight is not embedding:
+                yield path, module.weight
+            elif type(module).__name__ == "Conv1D":
+                yield path, module.weight.t()
 
     @torch.no_grad()
     def _merge(self, adapter: LoraWeights) -> None:
-        for path, module in self._linears():
+        for path, weight in self._linears():
             delta = adapter.delta(path)
             if delta is not None:
-                _weight(module).add_(delta)
+                weight.add_(delta)
 
     def attach(self, settings: LoraSettings, *, seed: int) -> AdapterSet:
         """Fresh peft adapters whose parameters live in one flat buffer."""
@@ -196,11 +200,6 @@ def import_peft() -> Any:
     except ImportError:
         raise UnavailableError("the hf backend needs the package peft for adapters", fix="run: pip install peft") from None
     return peft
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """[O, I] of a linear layer; a view of Conv1D's [I, O]."""
-    return module.weight if isinstance(module, nn.Linear) else module.weight.t()
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:

@@ -4,46 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorabatch import hub
-from lorabatch.errors import DataError, LorabatchError, UnavailableError
+from lorabatch.errors import DataError, UnavailableError
 from lorabatch.hub import ModelSource
-from lorabatch.model.device import out_of_memory
 from lorabatch.model.hf import HfModel
 from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import check_numbers, spec_from_config
+from lorabatch.model.tensorfiles import reading
 from lorabatch.model.weights import MakeProduct
 
 Model = NativeModel | HfModel
-
-
-@contextmanager
-def reading(what: str, *, where: Path, fix: str) -> Iterator[None]:
-    """Whatever goes wrong while libraries read files of unknown origin is the files' fault, in one line: a DataError, if not want of memory."""
-    try:
-        yield
-    except LorabatchError as error:
-        if error.where is not None:
-            raise
-        raise type(error)(error.what, where=where, fix=error.fix) from error
-    except BaseException as error:
-        if isinstance(error, Exception) and out_of_memory(error):
-            raise UnavailableError("does not fit in memory", where=where, fix="use a smaller model or a smaller --dtype") from error
-        # A panic of the tokenizers' Rust code is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        if "trust_remote_code" in str(error):
-            what, fix = "needs code of its own to run (auto_map), which is never run here", "use a model that transformers itself knows"
-        else:
-            what = f"{what} ({type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:300]})"
-        raise DataError(what, where=where, fix=fix) from error
 
 
 def load_config(folder: Path) -> Any:

@@ -14,7 +14,8 @@ from torch import Tensor
 from lorabatch.model.attention import PackedAttention
 from lorabatch.model.decoder import Decoder
 from lorabatch.model.linear import Route
-from lorabatch.model.lora import AdapterSet, LoraSettings, LoraWeights, attach, load_adapter
+from lorabatch.model.lora import AdapterSet, LoraWeights, attach, load_adapter
+from lorabatch.model.lora_settings import LoraSettings
 from lorabatch.model.loss import LossTerms, cross_entropy_sum
 from lorabatch.model.spec import ModelSpec
 from lorabatch.model.weights import MakeProduct, build_decoder, checked, fingerprint, linear_shapes, read_checkpoint

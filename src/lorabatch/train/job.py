@@ -16,7 +16,7 @@ from lorabatch.hub import ModelSource
 from lorabatch.measure.statistics import perplexity
 from lorabatch.measure.system import SystemSampler
 from lorabatch.model.device import TYPE_NAMES
-from lorabatch.model.lora import LoraSettings
+from lorabatch.model.lora_settings import LoraSettings
 from lorabatch.model.loss import LossTerms
 from lorabatch.model.native import OneOfSeveral
 from lorabatch.progress import Progress
