@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -109,7 +108,7 @@ def find_model(name: str, *, revision: str | None = None, download: bool = True)
 def _name_in(folder: Path) -> str | None:
     try:
         return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["name"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -217,6 +216,8 @@ def model_sha256(folder: Path) -> str:
 
 def convert_gguf(path: Path) -> Path:
     """Convert a GGUF file to a model folder with fp32 safetensors, once per file content. Returns the folder."""
+    from lorabatch.model.gguf_files import write_converted
+
     target = converted_folder() / f"{path.stem}-{known_sha256(path)[:12]}"
     if (target / MANIFEST).exists():
         return target
@@ -224,7 +225,7 @@ def convert_gguf(path: Path) -> Path:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        _write_converted(path, temporary)
+        write_converted(path, temporary)
         name = next((name for name, (_, filename, _) in PACKAGED.items() if path.name == filename), path.stem)
         write_manifest(temporary, name=name, revision=None, origin=path.name)
         try:
@@ -239,33 +240,6 @@ def convert_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def _write_converted(path: Path, folder: Path) -> None:
-    prepare_environment()
-    try:
-        import gguf  # noqa: F401  (transformers asks for it in the middle of loading)
-    except ImportError:
-        raise UnavailableError("reading a GGUF file needs the package gguf", fix="run: pip install gguf") from None
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from lorabatch.model.tensorfiles import write_safetensors
-
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise DataError(f"cannot be converted ({error})", where=path, fix="use a safetensors copy of the model") from None
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)  # the weights are no longer quantised
-    write_json(folder / "config.json", config | {"dtype": "float32", "architectures": [type(model).__name__]})
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    write_json(folder / "generation_config.json", {"eos_token_id": eos if eos is not None else tokenizer.eos_token_id})
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    write_safetensors(folder / "model.safetensors", {k: v for k, v in model.state_dict().items() if k not in tied})
-    tokenizer.save_pretrained(folder)
 
 
 def write_manifest(folder: Path, *, name: str, revision: str | None, origin: str) -> None:
@@ -311,7 +285,10 @@ def verify(folder: Path) -> tuple[int, int]:
     to compare with.
     """
     if (folder / MANIFEST).exists():
-        expected = {name: entry["sha256"] for name, entry in read_json(folder / MANIFEST)["files"].items()}
+        entries = read_json(folder / MANIFEST).get("files")
+        if not isinstance(entries, dict) or not all(isinstance(e, dict) and isinstance(e.get("sha256"), str) for e in entries.values()):
+            raise DataError("lists no files with their hashes", where=folder / MANIFEST, fix="fetch again into an empty folder")
+        expected = {name: entry["sha256"] for name, entry in entries.items()}
     else:
         expected = {p.name: p.resolve().name for p in folder.iterdir() if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", p.resolve().name)}
     if not expected:

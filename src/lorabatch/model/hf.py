@@ -54,7 +54,7 @@ class HfModel:
         base = fingerprint(spec, tensors)
         del tensors
         # An adapter is merged in fp32 and cast once, as the native backend does.
-        model = cls(_from_pretrained(folder, torch.float32 if adapter_dir else dtype), device)
+        model = cls(from_pretrained(folder, torch.float32 if adapter_dir else dtype), device)
         model.base_fingerprint = base
         if adapter_dir is not None:
             model.adapter = load_adapter(adapter_dir, model.linear_shapes, base_fingerprint=base)
@@ -202,14 +202,14 @@ def import_peft() -> Any:
     return peft
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
+def from_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
     """What transformers makes of a folder, if all of its weights and nothing else were in it. Raises DataError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
     )
     # transformers would go on with random numbers in place of what is missing, and without what it has no place for
     for what, names in (
