@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ COUNTS = {  # endings of keys, and the names in config.json whose bounds they sh
     ".context_length": "max_position_embeddings",
     ".vocab_size": "vocab_size",
 }
+REQUIRED = (".block_count", ".context_length", ".embedding_length", ".feed_forward_length", ".attention.head_count", "_epsilon")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ class _Bytes:
 
     def text(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", errors="replace")
+
+    def check_fits(self, spans: list[tuple[int, int, str]]) -> None:
+        """Spans of tensors, sorted, counted from about here, must lie one behind the other within the file."""
+        for (_, end, name), (begin, _, _) in pairwise([*spans, (len(self._data) - self._at, 0, "")]):
+            if end > begin:
+                raise DataError(f"'{name}' reaches into what follows it, or beyond the end of the file", fix="copy it again")
 
     def value(self, kind: int) -> Any:
         """A scalar or a text; of an array, which is passed over, None."""
@@ -106,26 +114,31 @@ def read_header(path: Path) -> GgufHeader:
             if most is not None and value is not None and not (type(value) is int and 0 < value <= most):
                 raise DataError(f"{key} is {value}, not a whole number up to {most:,}", fix="use another copy of the model")
         shapes: dict[str, tuple[int, ...]] = {}
+        spans = []  # (first byte, byte behind the last, name) of every tensor
         for _ in range(num_tensors):
             name = read.text()
             num_axes = read.number("I")
             shapes[name] = tuple(reversed(struct.unpack(f"<{num_axes}Q", read.take(8 * num_axes))))
-            _check_size(name, shapes[name], read.number("I"), read.number("Q"), len(data))
+            kind, offset = read.number("I"), read.number("Q")
+            spans.append((offset, offset + _num_bytes(shapes[name], kind), name))
+        read.check_fits(sorted(spans))
         return GgufHeader(values, shapes)
 
 
-def _check_size(name: str, shape: tuple[int, ...], kind: int, offset: int, file_bytes: int) -> None:
+def _num_bytes(shape: tuple[int, ...], kind: int) -> int:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    if offset + prod(shape) // elements * size > file_bytes:
-        raise DataError(f"'{name}' {list(shape)} lies beyond the end of the file", fix="copy it again")
+    return prod(shape) // elements * size
 
 
 def check_tensors(header: GgufHeader, spec: ModelSpec) -> None:
-    """The file holds the tensors of its own configuration, by name and shape, no more and no less. Raises DataError."""
+    """The file says what it must, and holds the tensors of its own configuration, by name and shape, no more and no less. Raises DataError."""
     import gguf
 
+    absent = [key for key in REQUIRED if not any(k.endswith(key) for k in header.values)]
+    if absent:  # transformers would take the value of another model
+        raise DataError(f"the header does not say {absent[0][1:]}", fix="use another copy of the model")
     architecture = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == header.values["general.architecture"])
     names, linears = gguf.get_tensor_name_map(architecture, spec.num_layers), linear_shapes(spec)
     expected = {}

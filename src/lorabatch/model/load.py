@@ -28,7 +28,9 @@ def load_config(folder: Path) -> Any:
 
     with reading("config.json cannot be used", where=folder, fix="is it a transformers model folder?"):
         check_numbers(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        spec_from_config(config)  # its errors are this file's
+        return config
 
 
 def load_tokenizer(folder: Path) -> Any:

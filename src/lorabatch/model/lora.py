@@ -213,6 +213,7 @@ def _load(folder: Path, shapes: Mapping[str, tuple[int, int]], base_fingerprint:
     tensors = read_safetensors(folder / WEIGHTS_FILE)
     _check_base(folder, base_fingerprint)
     weights = LoraWeights(settings, _paired(tensors, shapes, config, folder))
+    settings.check_patterns(weights.pairs)
     for path, (a, _) in weights.pairs.items():
         if len(a) != settings.rank(path):  # the scale depends on it, so one of the two files is of another adapter
             what = f"'{path}' has rank {len(a)} and {CONFIG_FILE} says {settings.rank(path)}"

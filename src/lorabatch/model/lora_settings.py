@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorabatch.errors import DataError
 
-PATTERN_S = 1.0  # a pattern takes microseconds
-MOST_RANK = 2**16
+PATTERN_S, PATTERNS_S = 0.1, 10.0  # of processor time: for one pattern on one layer (they take microseconds), and for all
+MOST_RANK, MOST_PATTERNS = 2**16, 2**10
 UNSUPPORTED = (  # keys of adapter_config.json that change what an adapter computes
     *("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"),
     *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
@@ -38,9 +39,17 @@ class LoraSettings:
     def rank(self, path: str) -> int:
         return _exception(self.rank_pattern, path, self.r)
 
+    def check_patterns(self, paths: Iterable[str]) -> None:
+        """TimeoutError for patterns that run away: they come with the files."""
+        begin_s = time.process_time()
+        for path in paths:
+            self.scale(path, self.rank(path))
+            if time.process_time() - begin_s > PATTERNS_S:
+                raise TimeoutError("the patterns take too long")
+
 
 def _exception(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any:
-    """What peft's per-layer patterns say of a layer. TimeoutError for one that runs away: they come with the files."""
+    """What peft's per-layer patterns say of a layer. TimeoutError for one that takes too long."""
     if not patterns:
         return otherwise
     import regex  # the same language as re's, and it can be stopped
@@ -57,7 +66,7 @@ def _is_alpha(value: Any) -> bool:
 
 
 def _is_by_pattern(value: Any, is_valid: Callable[[Any], bool]) -> bool:
-    return not value or (isinstance(value, dict) and all(is_valid(v) for v in value.values()))
+    return not value or (isinstance(value, dict) and len(value) <= MOST_PATTERNS and all(is_valid(v) for v in value.values()))
 
 
 VALID: dict[str, tuple[Callable[[Any], bool], str]] = {  # of adapter_config.json

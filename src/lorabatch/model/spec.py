@@ -118,7 +118,7 @@ def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """(name, value) of every plain value in a JSON document; what lies in a list has the list's name."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _entries(inner, key)
+            yield from _entries(inner, str(key))
     elif isinstance(value, list):
         for inner in value:
             yield from _entries(inner, name)
