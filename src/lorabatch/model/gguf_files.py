@@ -27,7 +27,7 @@ from lorabatch.model.weights import compare_shapes, linear_shapes, tensor_shapes
 from lorabatch.records import write_json
 
 FORMATS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), ("B", "b", "H", "h", "I", "i", "f", "?", "Q", "q", "d"), strict=True))
-STRING, ARRAY = 8, 9
+STRING, ARRAY, ALIGNMENT = 8, 9, 32
 MOST_ELEMENTS = 2**22  # of all arrays together; a vocabulary of 256,000 tokens has about a million
 COUNTS = {  # endings of keys, and the names in config.json whose bounds they share
     ".block_count": "num_hidden_layers",
@@ -68,11 +68,12 @@ class _Bytes:
     def text(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", errors="replace")
 
-    def check_fits(self, spans: list[tuple[int, int, str]]) -> None:
-        """Spans of tensors, sorted, counted from about here, must lie one behind the other within the file."""
-        for (_, end, name), (begin, _, _) in pairwise([*spans, (len(self._data) - self._at, 0, "")]):
-            if end > begin:
-                raise DataError(f"'{name}' reaches into what follows it, or beyond the end of the file", fix="copy it again")
+    def check_fits(self, spans: list[tuple[int, int, str]], alignment: int) -> None:
+        """Spans of tensors, sorted, counted from the next aligned byte on, must fill the file one behind the other."""
+        start = -(-self._at // alignment) * alignment
+        for (_, end, name), (begin, _, _) in pairwise([*spans, (len(self._data) - start, 0, "")]):
+            if not 0 <= begin - end < alignment:
+                raise DataError(f"'{name}' does not end where the next tensor or the end of the file begins", fix="copy it again")
 
     def value(self, kind: int) -> Any:
         """A scalar or a text; of an array, which is passed over, None."""
@@ -121,7 +122,7 @@ def read_header(path: Path) -> GgufHeader:
             shapes[name] = tuple(reversed(struct.unpack(f"<{num_axes}Q", read.take(8 * num_axes))))
             kind, offset = read.number("I"), read.number("Q")
             spans.append((offset, offset + _num_bytes(shapes[name], kind), name))
-        read.check_fits(sorted(spans))
+        read.check_fits(sorted(spans), max(1, int(values.get("general.alignment", ALIGNMENT))))
         return GgufHeader(values, shapes)
 
 
