@@ -227,3 +227,38 @@ def tiny_corpus(lengths, *, seed=0, first_targets=None, target_bytes=None):
 def train_loop(model, learner, corpus, validation, config, *, ranks=ALONE, **calls):
     """A single run from where its learner is to its end; its state. calls: as ``training`` takes them."""
     return drive([Lane(learner, training(model, learner, corpus, validation, config, ranks=ranks, **calls))], alone(model, ranks))[0]
+
+
+def tiny_gguf(model, path, *, blocks=None):
+    """A tiny Llama with the tiny tokenizer as llama.cpp's converter writes it; ``blocks``: what the header says instead of the truth."""
+    import json
+
+    import gguf
+
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers if blocks is None else blocks)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    bpe = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
+    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (VOCAB - 1)])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_eos_token_id(EOS_ID)
+    writer.add_bos_token_id(EOS_ID)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
+            if part in name:  # llama.cpp pairs the halves of a rotation side by side
+                tensor = tensor.view(count, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()

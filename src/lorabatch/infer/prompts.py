@@ -19,6 +19,7 @@ import numpy as np
 
 from lorabatch.config import InferConfig
 from lorabatch.corpus.readers import QA_PROMPT, check_file, jsonl_rows, numbered_lines
+from lorabatch.corpus.tokens import unknown_token
 from lorabatch.errors import DataError, LorabatchError, UsageError, nearest
 from lorabatch.infer import openai_batch
 from lorabatch.infer.adapters import AdapterNames
@@ -168,7 +169,7 @@ def _row_params(row: Mapping[str, Any], params: SamplingParams) -> SamplingParam
     return replace(params, **changes)
 
 
-def prepare(requests: list[Request], tokenizer: Any, *, limit: int, long_prompt: str) -> None:
+def prepare(requests: list[Request], tokenizer: Any, *, limit: int, long_prompt: str, vocab_size: int | None = None) -> None:
     """Tokenise these prompts and fit each into ``limit`` positions; what does not fit gets its ``error``."""
     for request in requests:
         if request.messages is not None and request.error is None:
@@ -187,6 +188,8 @@ def prepare(requests: list[Request], tokenizer: Any, *, limit: int, long_prompt:
         if request.error is None and not request.token_ids:
             request.error = "empty prompt"
         elif request.error is None:
+            request.error = unknown_token(request.token_ids, vocab_size)
+        if request.error is None:
             _fit(request, limit, long_prompt)
 
 

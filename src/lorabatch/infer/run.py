@@ -14,7 +14,7 @@ import numpy as np
 from lorabatch import hub
 from lorabatch.config import InferConfig
 from lorabatch.errors import DataError, InterruptedRun, UnavailableError, UsageError
-from lorabatch.infer.adapters import files_sha256, merged_adapter
+from lorabatch.infer.adapters import merged_adapter
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import Request, completion_record
 from lorabatch.measure.environment import environment, gpu_description
@@ -149,8 +149,8 @@ def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> _
     precision = TYPE_NAMES[dtype] if config.quantize == "none" else f"{config.quantize} weights, {TYPE_NAMES[dtype]} cache"
     words = ", own kernels" if kernels else ""
     print(f"base {source.name} ({precision} on {device}, {threads} threads{words}), {_adapter_words(adapter, names, bank_bytes)}")
-    base = f"{source.name} {model.base_fingerprint or source.revision}"
-    work_key = f"{base} {_adapter_key(model, adapter_dir)} {TYPE_NAMES[dtype]} {config.quantize} {limit} {config.long_prompt}"
+    merged = model.adapter.digest() if model.adapter else "base"
+    work_key = f"{source.name} {model.identity} {merged} {TYPE_NAMES[dtype]} {config.quantize} {limit} {config.long_prompt}"
     work_key += "".join(f" {name}={digest}" for name, digest in zip(names.folders, digests, strict=True))
     work_key += "" if apart else " merged"  # rounds otherwise, so it is other work
     eos_ids = load.end_tokens(source.path, model_config, tokenizer)
@@ -159,14 +159,11 @@ def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> _
 
 def _read_adapters(model: Any, names: AdapterNames, *, apart: bool) -> tuple[tuple[LoraWeights, ...], list[str]]:
     """(those that stay apart, what each of --adapters is by content). All are checked against the base before anything is generated."""
-    from lorabatch.model.lora import linear_shapes, load_adapter
+    from lorabatch.model.lora import load_adapter
 
     bank, digests = [], []
     for folder in names.folders.values():
-        if model.backend == "hf":
-            digests.append(files_sha256(folder))
-            continue
-        weights = load_adapter(folder, linear_shapes(model.decoder), base_fingerprint=model.base_fingerprint)
+        weights = load_adapter(folder, model.linear_shapes, base_fingerprint=model.base_fingerprint)
         digests.append(weights.digest())
         if apart:
             bank.append(weights)
@@ -308,7 +305,8 @@ class _Work:
             self.progress.update()
 
         loaded, config = self._loaded, self._config
-        return Feed(self._prompts, loaded.tokenizer, limit=loaded.limit, long_prompt=config.long_prompt, done=mask, on_error=on_error)
+        fitting: dict[str, Any] = {"limit": loaded.limit, "long_prompt": config.long_prompt, "vocab_size": loaded.model.vocab_size}
+        return Feed(self._prompts, loaded.tokenizer, **fitting, done=mask, on_error=on_error)
 
     def on_finish(self, session: Session, feed: Feed, latencies: Latencies, *, record: bool) -> Callable[[Request], None]:
         start = time.perf_counter()
@@ -330,12 +328,3 @@ class _Work:
     def _write(self, request: Request) -> None:
         key = request.key(self._loaded.work_key)
         self._file.write(completion_record(request, self._loaded.tokenizer, key=key, adapter=self._loaded.adapter))
-
-
-def _adapter_key(model: Any, adapter_dir: Path | None) -> str:
-    """Identity of the adapter by content."""
-    if adapter_dir is None:
-        return "base"
-    if model.adapter is not None:
-        return str(model.adapter.digest())
-    return files_sha256(adapter_dir)

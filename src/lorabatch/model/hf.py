@@ -7,8 +7,7 @@ architectures that the native decoder does not know, or with ``--backend hf``.
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,11 @@ from torch.nn import functional as F
 
 from lorabatch.errors import DataError, UnavailableError, UsageError
 from lorabatch.model.attention import Segment
-from lorabatch.model.lora import KEY_PREFIX, AdapterSet, LoraSettings
+from lorabatch.model.lora import KEY_PREFIX, AdapterSet, LoraWeights, load_adapter
+from lorabatch.model.lora_settings import LoraSettings
+from lorabatch.model.spec import ModelSpec
+from lorabatch.model.tensorfiles import is_finite
+from lorabatch.model.weights import checked, fingerprint, read_checkpoint
 
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query_key_value", "dense", "c_attn", "qkv_proj", "Wqkv")
 
@@ -26,41 +29,62 @@ ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query_ke
 class HfModel:
     backend = "hf"
     spec = None
-    adapter = None
-    base_fingerprint = None
+    identity = ""  # hash of the files that it was loaded from
+    adapter: LoraWeights | None = None
+    base_fingerprint: str | None = None
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
         config: Any = model.config
         self.max_positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.fan_in_fan_out = any(type(m).__name__ == "Conv1D" for m in model.modules())
         self.num_base_params = sum(p.numel() for p in model.parameters())
         self.base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device, adapter_dir: Path | None = None) -> HfModel:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-        try:
-            # An adapter is merged in fp32 and cast once, as the native backend does.
-            wide = torch.float32 if adapter_dir else dtype
-            model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=wide, local_files_only=True, output_loading_info=True)
-        except (ValueError, OSError, KeyError) as error:
-            raise DataError(
-                f"transformers cannot load it ({str(error).splitlines()[0]})", where=folder, fix="is it a causal language model?"
-            ) from None
-        if report["missing_keys"]:  # transformers would go on with random numbers in their place
-            missing = sorted(report["missing_keys"])
-            raise DataError(
-                f"the checkpoint lacks {len(missing)} tensors ({missing[0]})", where=folder, fix="copy or fetch the model again"
-            )
+    def load(
+        cls, folder: Path, spec: ModelSpec | None = None, *, dtype: torch.dtype, device: torch.device, adapter_dir: Path | None = None
+    ) -> HfModel:
+        """Any causal model that transformers itself knows; ``spec`` where the native decoder knows it too: then its checks hold here as well."""
+        tensors = read_checkpoint(folder)
+        if spec is not None:
+            tensors = checked(spec, tensors, where=folder)
+        base = fingerprint(spec, tensors)
+        del tensors
+        # An adapter is merged in fp32 and cast once, as the native backend does.
+        model = cls(from_pretrained(folder, torch.float32 if adapter_dir else dtype), device)
+        model.base_fingerprint = base
         if adapter_dir is not None:
-            model = _merged(model, adapter_dir).to(dtype)
-        model.requires_grad_(False).eval()
-        return cls(model.to(device), device)
+            model.adapter = load_adapter(adapter_dir, model.linear_shapes, base_fingerprint=base)
+            model._merge(model.adapter)
+        model.model = model.model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+        for name, parameter in model.model.named_parameters():
+            if not is_finite(parameter):
+                raise DataError(f"'{name}' holds values that are not finite in {dtype}", where=folder, fix="restore the weights")
+        return model
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Path -> (O, I) of every layer that can carry an adapter: not a head that is the embedding's own weight."""
+        return {path: (len(weight), weight.shape[1]) for path, weight in self._linears()}
+
+    def _linears(self) -> Iterator[tuple[str, Tensor]]:
+        """(path, weight [O, I]) of each; of a Conv1D, which stores [I, O], a view."""
+        embedding = self.model.get_input_embeddings().weight
+        for path, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and module.weight is not embedding:
+                yield path, module.weight
+            elif type(module).__name__ == "Conv1D":
+                yield path, module.weight.t()
+
+    @torch.no_grad()
+    def _merge(self, adapter: LoraWeights) -> None:
+        for path, weight in self._linears():
+            delta = adapter.delta(path)
+            if delta is not None:
+                weight.add_(delta)
 
     def attach(self, settings: LoraSettings, *, seed: int) -> AdapterSet:
         """Fresh peft adapters whose parameters live in one flat buffer."""
@@ -178,19 +202,20 @@ def import_peft() -> Any:
     return peft
 
 
-def _merged(model: nn.Module, adapter_dir: Path) -> nn.Module:
-    peft = import_peft()
-    if not (adapter_dir / "adapter_config.json").exists():
-        raise DataError("no adapter_config.json", where=adapter_dir, fix="give the folder that training wrote (--save_dir)")
-    if not (adapter_dir / "adapter_model.safetensors").exists():
-        raise DataError("no adapter_model.safetensors", where=adapter_dir, fix="copy the weights beside the config or train again")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            adapted = peft.PeftModel.from_pretrained(model, adapter_dir)
-        except Exception as error:  # peft and safetensors have a class for each kind of mismatch and damage
-            raise DataError(f"does not fit this base ({str(error).splitlines()[0]})", where=adapter_dir, fix="check --base_model") from None
-    for warning in caught:  # peft only warns when an adapter's keys do not match: the base would run unchanged
-        if "missing adapter keys" in str(warning.message):
-            raise DataError("keys of the adapter do not match this base", where=adapter_dir, fix="check --base_model")
-    return adapted.merge_and_unload()
+def from_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """What transformers makes of a folder, if all of its weights and nothing else were in it. Raises DataError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+    )
+    # transformers would go on with random numbers in place of what is missing, and without what it has no place for
+    for what, names in (
+        ("the checkpoint lacks", report["missing_keys"]),
+        ("the architecture has no place for", [n for n in report["unexpected_keys"] if n.endswith(".weight")]),
+    ):
+        if names:
+            raise DataError(f"{what} {len(names)} tensors ({min(names)})", where=folder, fix="copy or fetch the model again")
+    return model

@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorabatch import hub
 from lorabatch.errors import DataError, UnavailableError
 from lorabatch.hub import ModelSource
 from lorabatch.model.hf import HfModel
 from lorabatch.model.native import NativeModel
-from lorabatch.model.spec import spec_from_config
+from lorabatch.model.spec import check_numbers, spec_from_config
+from lorabatch.model.tensorfiles import reading
 from lorabatch.model.weights import MakeProduct
 
 Model = NativeModel | HfModel
 
 
 def load_config(folder: Path) -> Any:
+    """The transformers configuration. DataError for what no model can have, before anything is built by it."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a class for each kind of mistake
-        what = f"config.json cannot be used ({' '.join(str(error).split())})"
-        raise DataError(what, where=folder, fix="is it a transformers model folder?") from None
+    with reading("config.json cannot be used", where=folder, fix="is it a transformers model folder?"):
+        check_numbers(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        spec_from_config(config)  # its errors are this file's
+        return config
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The model's own tokenizer. DataError if it is missing or has no end-of-text token."""
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise DataError(
-            f"no usable tokenizer ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})",
-            where=folder,
-            fix="copy tokenizer.json and tokenizer_config.json beside the weights",
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-text token", where=folder, fix="set eos_token in tokenizer_config.json")
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # lengths are our business
-    return tokenizer
+    with reading("no usable tokenizer", where=folder, fix="copy tokenizer.json and tokenizer_config.json beside the weights"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end-of-text token", fix="set eos_token in tokenizer_config.json")
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # lengths are our business
+        return tokenizer
 
 
 def end_tokens(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
@@ -51,13 +50,14 @@ def end_tokens(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
     from transformers import GenerationConfig
 
     values = [tokenizer.eos_token_id, config.eos_token_id]
-    if (folder / "generation_config.json").exists():
-        try:
+    path = folder / "generation_config.json"
+    if path.exists():
+        with reading("not readable", where=path, fix="restore or remove it"):
             values.append(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"not readable ({error})", where=folder / "generation_config.json", fix="restore or remove it") from None
-    flat = [i for v in values for i in (v if isinstance(v, (list, tuple)) else [v])]
-    return frozenset(i for i in flat if i is not None)
+    flat = [i for v in values for i in (v if isinstance(v, (list, tuple)) else [v]) if i is not None]
+    if not all(type(i) is int for i in flat):
+        raise DataError(f"the end tokens are no token ids ({str(flat)[:80]})", where=folder, fix="restore eos_token_id")
+    return frozenset(flat)
 
 
 def load_model(
@@ -70,10 +70,29 @@ def load_model(
     adapter_dir: Path | None = None,
     product: MakeProduct | None = None,
 ) -> Model:
-    """The native decoder where it knows the architecture, the hf backend otherwise (said in one line).
+    """The native decoder where it knows the architecture, the hf backend otherwise (said in one line). DataError for what is wrong with its files.
 
     product: makes the native decoder's products from their weights; None: the fastest of this device.
     """
+    with reading("the model cannot be used", where=source.path, fix="is it a causal language model, and complete?"):
+        identity = ThreadPoolExecutor(1).submit(
+            hub.model_sha256, source.path
+        )  # beside the loading; from the second time on it costs nothing
+        model = _load_model(source, config, backend=backend, dtype=dtype, device=device, adapter_dir=adapter_dir, product=product)
+        model.identity = identity.result()
+    return model
+
+
+def _load_model(
+    source: ModelSource,
+    config: Any,
+    *,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter_dir: Path | None,
+    product: MakeProduct | None,
+) -> Model:
     spec = spec_from_config(config)
     if spec is None and backend == "native":
         raise UnavailableError(
@@ -90,5 +109,5 @@ def load_model(
             )
         why = "asked for" if backend == "hf" else f"'{config.model_type}' is not a native architecture"
         print(f"backend: transformers ({why}): complete, but slower than the native decoder", file=sys.stderr)
-        return HfModel.load(source.path, dtype=dtype, device=device, adapter_dir=adapter_dir)
+        return HfModel.load(source.path, spec, dtype=dtype, device=device, adapter_dir=adapter_dir)
     return NativeModel.load(source.path, spec, dtype=dtype, device=device, adapter_dir=adapter_dir, product=product)

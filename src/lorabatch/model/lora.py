@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +21,13 @@ from torch import Tensor, nn
 from lorabatch.errors import DataError, UsageError, nearest
 from lorabatch.model.decoder import Decoder
 from lorabatch.model.linear import Adapter, FrozenLinear, Part
-from lorabatch.model.tensorfiles import read_safetensors, write_safetensors
+from lorabatch.model.lora_settings import LoraSettings, settings_from
+from lorabatch.model.tensorfiles import is_finite, read_safetensors, reading, write_safetensors
 from lorabatch.records import read_json, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "lorabatch.json"
 KEY_PREFIX = "base_model.model."
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "attn.c_attn", "attn.c_proj")
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    use_rslora: bool = False
-    target_modules: tuple[str, ...] = ("all-linear",)
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # peft's per-layer exceptions, read only
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    def scale(self, path: str, rank: int) -> float:
-        """``alpha / r``, or ``alpha / sqrt(r)`` with rank-stabilised LoRA (arXiv 2312.03732)."""
-        alpha = _exception(self.alpha_pattern, path, self.alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-    def rank(self, path: str) -> int:
-        return _exception(self.rank_pattern, path, self.r)
-
-
-def _exception(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any:
-    """What peft's per-layer patterns say of a layer."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), otherwise)
 
 
 @dataclass(frozen=True)
@@ -171,11 +148,6 @@ def attach(decoder: Decoder, settings: LoraSettings, *, seed: int) -> AdapterSet
     return AdapterSet(settings, pairs, places)
 
 
-def linear_shapes(decoder: Decoder) -> dict[str, tuple[int, int]]:
-    """Path -> (O, I) of every layer that can carry an adapter."""
-    return {part.path: (part.stop - part.start, layer.in_features) for layer in decoder.linears() for part in layer.parts}
-
-
 def save_adapter(folder: Path, weights: LoraWeights, *, base_name: str, base_fingerprint: str | None, fan_in_fan_out: bool) -> None:
     """Write an adapter folder that peft and ``load_adapter`` read. Files are replaced one by one, weights first."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,50 +198,27 @@ def load_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, base_fi
     shapes: path of each linear layer -> (O, I). Raises DataError for anything that does not fit:
     wrong base, unknown or missing keys, features that we cannot apply faithfully.
     """
+    with reading("cannot be used", where=folder, fix="restore the adapter's files"):
+        return _load(folder, shapes, base_fingerprint)
+
+
+def _load(folder: Path, shapes: Mapping[str, tuple[int, int]], base_fingerprint: str | None) -> LoraWeights:
     if not (folder / CONFIG_FILE).exists():
         raise DataError(f"no {CONFIG_FILE}", where=folder, fix="give the folder that training wrote (--save_dir)")
     config = read_json(folder / CONFIG_FILE)
-    settings = _settings_from(config, folder)
+    settings = settings_from(config, folder / CONFIG_FILE)
     if not (folder / WEIGHTS_FILE).exists():
         hint = " (adapter_model.bin is a pickle and is not read: save it as safetensors)" if (folder / "adapter_model.bin").exists() else ""
         raise DataError(f"no {WEIGHTS_FILE}{hint}", where=folder, fix="copy the weights beside the config or train again")
     tensors = read_safetensors(folder / WEIGHTS_FILE)
     _check_base(folder, base_fingerprint)
     weights = LoraWeights(settings, _paired(tensors, shapes, config, folder))
+    settings.check_patterns(weights.pairs)
     for path, (a, _) in weights.pairs.items():
         if len(a) != settings.rank(path):  # the scale depends on it, so one of the two files is of another adapter
             what = f"'{path}' has rank {len(a)} and {CONFIG_FILE} says {settings.rank(path)}"
             raise DataError(what, where=folder / WEIGHTS_FILE, fix="restore both files from one training run")
     return weights
-
-
-def _settings_from(config: dict[str, Any], folder: Path) -> LoraSettings:
-    if str(config.get("peft_type")) != "LORA":
-        raise DataError(
-            f"peft_type is {config.get('peft_type')}, not LORA", where=folder / CONFIG_FILE, fix="only LoRA adapters can be used"
-        )
-    for name in ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"):
-        if config.get(name):
-            raise DataError(
-                f"uses {name}, which is not supported", where=folder / CONFIG_FILE, fix="merge it into the base with peft first"
-            )
-    if config.get("bias", "none") != "none":
-        raise DataError(f"trains biases (bias={config['bias']})", where=folder / CONFIG_FILE, fix="merge it into the base with peft first")
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), (int, float)) or not 0 < config[name] < math.inf:
-            raise DataError(f"'{name}' is missing or not a positive number", where=folder / CONFIG_FILE, fix="restore the file")
-    targets = config.get("target_modules") or ()
-    if not isinstance(targets, (str, list, tuple)) or not all(isinstance(target, str) for target in targets):
-        raise DataError("'target_modules' are not names of layers", where=folder / CONFIG_FILE, fix="restore the file")
-    return LoraSettings(
-        r=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        dropout=float(config.get("lora_dropout") or 0.0),
-        use_rslora=bool(config.get("use_rslora")),
-        target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-    )
 
 
 def _check_base(folder: Path, base_fingerprint: str | None) -> None:
@@ -299,7 +248,8 @@ def _paired(
         if set(half) != {"A", "B"}:
             raise DataError(f"only one half of '{path}' is there", where=folder / WEIGHTS_FILE, fix="the file is incomplete")
         rows, columns = shapes[path]
-        if half["A"].shape[1] != columns or half["B"].shape[0] != rows or half["A"].shape[0] != half["B"].shape[1]:
+        rank = len(half["A"]) if half["A"].ndim else 0
+        if tuple(half["A"].shape) != (rank, columns) or tuple(half["B"].shape) != (rows, rank):
             got = f"A {tuple(half['A'].shape)}, B {tuple(half['B'].shape)}"
             raise DataError(
                 f"'{path}' has shapes {got} and the base [{rows}, {columns}]",
@@ -307,7 +257,7 @@ def _paired(
                 fix="the adapter is for another model",
             )
         pairs[path] = (half["A"].to(torch.float32), half["B"].to(torch.float32))
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in pairs[path]):
+        if not all(map(is_finite, pairs[path])):
             raise DataError(f"'{path}' holds values that are not finite", where=folder / WEIGHTS_FILE, fix="train again, with a lower --lr")
     return pairs
 

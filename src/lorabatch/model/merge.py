@@ -12,10 +12,10 @@ from lorabatch.config import MergeConfig
 from lorabatch.errors import UnavailableError, UsageError
 from lorabatch.model import load
 from lorabatch.model.device import TYPES
-from lorabatch.model.lora import linear_shapes, load_adapter
+from lorabatch.model.lora import load_adapter
 from lorabatch.model.spec import spec_from_config
 from lorabatch.model.tensorfiles import write_safetensors
-from lorabatch.model.weights import FAMILY_NAMES, build_decoder, fingerprint, normalised, read_checkpoint
+from lorabatch.model.weights import FAMILY_NAMES, checked, fingerprint, linear_shapes, read_checkpoint
 
 
 def merge_to_folder(config: MergeConfig) -> Path:
@@ -32,9 +32,8 @@ def merge_to_folder(config: MergeConfig) -> Path:
         raise UnavailableError(
             "only native architectures can be merged here", where=f"--base_model {config.base_model}", fix="use peft's merge_and_unload"
         )
-    tensors = normalised(spec, read_checkpoint(source.path))
-    shapes = linear_shapes(build_decoder(spec, {k: v.to("meta") for k, v in tensors.items()}, device="meta", prepack=False))
-    adapter = load_adapter(Path(config.adapter_dir), shapes, base_fingerprint=fingerprint(spec, tensors))
+    tensors = checked(spec, read_checkpoint(source.path), where=source.path)
+    adapter = load_adapter(Path(config.adapter_dir), linear_shapes(spec), base_fingerprint=fingerprint(spec, tensors))
     for path in adapter.pairs:
         delta, weight = adapter.delta(path), tensors[f"{path}.weight"]
         assert delta is not None

@@ -14,10 +14,11 @@ from torch import Tensor
 from lorabatch.model.attention import PackedAttention
 from lorabatch.model.decoder import Decoder
 from lorabatch.model.linear import Route
-from lorabatch.model.lora import AdapterSet, LoraSettings, LoraWeights, attach, linear_shapes, load_adapter
+from lorabatch.model.lora import AdapterSet, LoraWeights, attach, load_adapter
+from lorabatch.model.lora_settings import LoraSettings
 from lorabatch.model.loss import LossTerms, cross_entropy_sum
 from lorabatch.model.spec import ModelSpec
-from lorabatch.model.weights import MakeProduct, build_decoder, fingerprint, normalised, read_checkpoint
+from lorabatch.model.weights import MakeProduct, build_decoder, checked, fingerprint, linear_shapes, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class NativeModel:
     """A base model, with fresh adapters after ``attach``, or with one merged in from the start."""
 
     backend = "native"
+    identity = ""  # hash of the files that it was loaded from
 
     def __init__(self, spec: ModelSpec, decoder: Decoder, base_fingerprint: str, *, adapter: LoraWeights | None = None) -> None:
         self.spec, self.decoder, self.base_fingerprint, self.adapter = spec, decoder, base_fingerprint, adapter
-        self.max_positions = spec.max_positions
+        self.max_positions, self.vocab_size = spec.max_positions, spec.vocab_size
         self.fan_in_fan_out = spec.family == "gpt2"
         self.terms = LossTerms()  # of training; evaluation is the negative log-likelihood
 
@@ -54,14 +56,15 @@ class NativeModel:
         product: MakeProduct | None = None,
     ) -> NativeModel:
         """Read a checkpoint; an adapter is checked against it, then merged in fp32 before the one cast to ``dtype``."""
-        tensors = read_checkpoint(folder)
-        base = fingerprint(spec, normalised(spec, tensors))
-        adapter = None
-        if adapter_dir is not None:
-            meta = build_decoder(spec, {k: v.to("meta") for k, v in tensors.items()}, device="meta", prepack=False)
-            adapter = load_adapter(adapter_dir, linear_shapes(meta), base_fingerprint=base)
+        tensors = checked(spec, read_checkpoint(folder), where=folder)
+        base = fingerprint(spec, tensors)
+        adapter = None if adapter_dir is None else load_adapter(adapter_dir, linear_shapes(spec), base_fingerprint=base)
         decoder = build_decoder(spec, tensors, dtype=dtype, device=device, merge=adapter.delta if adapter else None, product=product)
         return cls(spec, decoder, base, adapter=adapter)
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        return linear_shapes(self.spec)
 
     @property
     def num_base_params(self) -> int:

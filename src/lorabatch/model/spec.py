@@ -8,11 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorabatch.errors import DataError
+
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 NATIVE_ROPE = ("default", "linear", "llama3", "yarn")
+MOST_OF = {  # names of config.json that count something, far above any model: what is larger is a damaged or hostile file
+    "num_hidden_layers n_layer num_layers": 2**10,
+    "num_attention_heads n_head num_heads num_key_value_heads head_dim": 2**14,
+    "hidden_size n_embd": 2**20,
+    "intermediate_size n_inner": 2**22,
+    "vocab_size": 2**24,
+    "max_position_embeddings n_positions sliding_window": 2**27,
+}
+MOST = {name: most for names, most in MOST_OF.items() for name in names.split()}
+REAL = ("eps", "epsilon", "theta", "factor")  # endings of names whose value is a finite number
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,24 @@ class ModelSpec:
     window_layers: tuple[int, ...] = ()  # which layers have the window
     rope_inv_freq: tuple[float, ...] = ()  # [head_dim / 2], empty with learned positions
     rope_scale: float = 1.0  # multiplies cos and sin (YaRN's attention factor)
+    biases: tuple[str, ...] = ()  # which products have one: qkv, out, up, down
+
+    def __post_init__(self) -> None:
+        """DataError for numbers that no model can have."""
+        counts = {k: v for k, v in asdict(self).items() if k.endswith(("_size", "_dim")) or k.startswith("num_")}
+        wrong = [f"{k} {v!r}" for k, v in counts.items() if not isinstance(v, int) or v < 1]
+        if not wrong and self.num_heads % self.num_kv_heads:
+            wrong.append(f"num_heads {self.num_heads} for {self.num_kv_heads} key/value heads")
+        if not wrong and self.rope_inv_freq and self.head_dim % 2:
+            wrong.append(f"head_dim {self.head_dim} with rotary positions")
+        if not wrong and self.family == "gpt2" and self.num_heads * self.head_dim != self.hidden_size:
+            wrong.append(f"hidden_size {self.hidden_size} for {self.num_heads} heads")
+        if not all(math.isfinite(f) for f in (self.norm_eps, self.rope_scale, *self.rope_inv_freq)) or self.norm_eps < 0:
+            wrong.append("an epsilon or a rotary frequency that is no number")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            wrong.append(f"sliding_window {self.sliding_window}")
+        if wrong:
+            raise _unusable(f"no model has {', '.join(wrong)}")
 
     @property
     def group_size(self) -> int:
@@ -56,16 +88,42 @@ class ModelSpec:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        shape = {k: v for k, v in asdict(self).items() if k != "biases"}  # the names of a checkpoint's tensors tell that
+        return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
 
 def spec_from_config(config: Any) -> ModelSpec | None:
-    """The native spec of a transformers configuration, or None if the native decoder lacks a feature it needs."""
-    if config.model_type == "gpt2":
-        return _gpt2(config)
-    if config.model_type in LLAMA_LIKE:
-        return _llama(config)
-    return None
+    """The native spec of a transformers configuration, or None if the native decoder lacks a feature it needs. Raises DataError."""
+    make = {"gpt2": _gpt2, **dict.fromkeys(LLAMA_LIKE, _llama)}.get(config.model_type)
+    try:
+        return make(config) if make else None
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise _unusable(f"{type(error).__name__}: {error}") from error
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Before anything is built by them: counts of config.json are whole numbers within reason, scales are finite. Raises DataError."""
+    for name, value in _entries(config):
+        if name in MOST and value is not None and not (type(value) is int and 0 <= value <= MOST[name]):
+            raise _unusable(f"{name} is {str(value)[:40]}, not a whole number up to {MOST[name]:,}")
+        if name.endswith(REAL) and value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+            raise _unusable(f"{name} is {str(value)[:40]}, not a number")
+
+
+def _unusable(why: str) -> DataError:
+    return DataError(f"config.json cannot be used ({why})", fix="restore the file")
+
+
+def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of every plain value in a JSON document; what lies in a list has the list's name."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _entries(inner, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _entries(inner, name)
+    else:
+        yield name, value
 
 
 def _gpt2(config: Any) -> ModelSpec | None:
@@ -86,6 +144,7 @@ def _gpt2(config: Any) -> ModelSpec | None:
         norm_eps=config.layer_norm_epsilon,
         activation=config.activation_function,
         tied_head=config.tie_word_embeddings,
+        biases=("qkv", "out", "up", "down"),
     )
 
 
@@ -118,7 +177,16 @@ def _llama(config: Any) -> ModelSpec | None:
         window_layers=windowed,
         rope_inv_freq=rope[0],
         rope_scale=rope[1],
+        biases=_llama_biases(config),
     )
+
+
+def _llama_biases(config: Any) -> tuple[str, ...]:
+    if config.model_type == "qwen2":
+        return ("qkv",)
+    attention = config.model_type in ("llama", "qwen3") and config.attention_bias
+    mlp = config.model_type == "llama" and config.mlp_bias
+    return (("qkv", "out") if attention else ()) + (("up", "down") if mlp else ())
 
 
 def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float] | None:

@@ -11,7 +11,7 @@ from lorabatch.corpus.tokens import TokenDocument
 from lorabatch.measure.bench import Bench
 from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES
-from lorabatch.model.lora import LoraSettings
+from lorabatch.model.lora_settings import LoraSettings
 from lorabatch.train.loop import train_step
 from lorabatch.train.state import Learner
 

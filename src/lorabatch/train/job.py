@@ -16,7 +16,7 @@ from lorabatch.hub import ModelSource
 from lorabatch.measure.statistics import perplexity
 from lorabatch.measure.system import SystemSampler
 from lorabatch.model.device import TYPE_NAMES
-from lorabatch.model.lora import LoraSettings
+from lorabatch.model.lora_settings import LoraSettings
 from lorabatch.model.loss import LossTerms
 from lorabatch.model.native import OneOfSeveral
 from lorabatch.progress import Progress
@@ -92,7 +92,7 @@ class Job:
         )
         size = f"{self.name}: trainable {self._size['trainable_params']:,}; " if self.name else ""
         print(size + data_line(self._corpus, self._validation))
-        facts = {"base": fingerprint or base.source.name, "machine": machine, "here": self.run.record["environment"]}
+        facts = {"base": base.model.identity, "machine": machine, "here": self.run.record["environment"]}
         identity = identity_of(config, self._corpus, self._validation, **facts)
         self._saver = Saver(self.run, config, identity, self.learner, base.model, base.source.name, writes=base.ranks.is_first)
         self._saver.resume(self._found)

@@ -235,7 +235,12 @@ def _tokenise(plans: list[_Plan], model_config: Any, tokenizer: Any) -> list[tup
         key = (id(documents), most, max_len, config.train_on_prompt, count_bytes)
         if key not in kept:
             kept[key] = tokenise(
-                documents[:most], tokenizer, max_len=max_len, train_on_prompt=config.train_on_prompt, count_bytes=count_bytes
+                documents[:most],
+                tokenizer,
+                max_len=max_len,
+                vocab_size=getattr(model_config.get_text_config(), "vocab_size", None),
+                train_on_prompt=config.train_on_prompt,
+                count_bytes=count_bytes,
             )
         return kept[key]
 
