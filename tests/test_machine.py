@@ -40,6 +40,19 @@ def test_the_first_processes_measure_and_the_largest_stays(own_cache, monkeypatc
     assert seen == 2 * [5e9] + 8 * [9e9]
 
 
+def test_a_node_that_is_never_quiet_does_not_measure_for_ever(own_cache, monkeypatch):
+    monkeypatch.setattr(machine, "disturbed", lambda share: True)
+    measured = []
+    monkeypatch.setattr(machine, "gemm_rates", lambda *a, **k: measured.append(1) or [{"flops_per_s": 5e9}])
+    for _ in range(10):
+        monkeypatch.setattr(machine, "_measured_here", set())
+        machine.measured_flops_per_s(torch.float32, CPU)
+    assert len(measured) == 6
+    monkeypatch.setattr(machine, "_measured_here", set())
+    machine.cold_flops_per_s("fp32", CPU, reached=1e12)
+    assert len(measured) == 7, "a rate above the ceiling: it is too low"
+
+
 def test_other_threads_have_other_ceilings(own_cache):
     one = machine.cache_file(CPU)
     torch.set_num_threads(2)

@@ -3,7 +3,7 @@
 ``lorabatch bench machine`` measures all of them; a run that needs one which was never measured here
 measures that one. Both keep the result per host, processor, torch version, device, number of threads and kernels,
 so that runs on one machine are held against the same figures. A figure that was taken while others used the
-machine is too low: the first processes measure again, as many as had the cores to themselves, and the largest stays.
+machine is too low: the first processes measure again, more of them if they had to wait for cores, and the largest stays.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CPU_SHAPES = ((576, 1536), (2048, 2048))  # (inputs, outputs): SmolLM2-135M's ML
 GPU_SHAPES = ((2048, 2048), (8192, 8192))
 CPU_ROWS, GPU_ROWS = (1, 16, 64, 256, 1024), (1, 16, 256, 2048, 8192)
 HOT, COLD = "flops_per_s", "cold_flops_per_s"  # ends of the names that ceilings are kept under
-MEASUREMENTS = 3  # undisturbed processes that measure a ceiling before it is taken for granted
+MEASUREMENTS = 3  # processes that measure a ceiling before it is taken for granted; one that others disturbed counts half
 TRIES = 3  # of ``bench machine`` at a figure, until others leave it the cores
 T = TypeVar("T")
 _measured_here: set[tuple[Path, str]] = set()
@@ -94,8 +94,7 @@ def _remembered(name: str, device: torch.device, measure: Callable[[], float], r
     _measured_here.add((path, name))
     with Watch() as watch:
         value = max(value, measure())
-    if not disturbed(watch.share):
-        times[name] = times.get(name, 0) + 1
+    times[name] = times.get(name, 0) + (0.5 if disturbed(watch.share) else 1)  # a node that is never quiet does not measure for ever
     waited = {**(kept.get("waited_shares") or {}), name: watch.share}
     _keep(path, kept | {name: value, "measurements": times, "waited_shares": waited, "measured_at": utc_now()})
     return value
