@@ -20,15 +20,10 @@ STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of controls, o
 
 
 def visible(text: str) -> str:
-    """Text from elsewhere, to be read by people: characters that steer the display of others stand as escapes (``\\u202e``).
-
-    Tab, newline and half pairs that stand for bytes of a file's name stay: whoever writes the text out escapes these.
-    """
+    """Text from elsewhere, to be read by people: characters that steer the display of others stand as escapes (``\\u202e``)."""
     if text.isprintable():
         return text
-    return "".join(
-        _escape(c) if unicodedata.category(c) in STEERING and c not in "\t\n" and not "\udc80" <= c <= "\udcff" else c for c in text
-    )
+    return "".join(_escape(c) if c not in "\t\n" and unicodedata.category(c) in STEERING else c for c in text)
 
 
 def _escape(character: str) -> str:

@@ -191,7 +191,7 @@ KINDS: dict[str, Kind] = {
     "sweep.json": Kind({"sweep": FREE, "trials": [FREE], "tasks": [[COUNT]]}, version=2, needs_version=True),
     "claim": Kind({"host": TEXT, "pid": PROCESS, **dict.fromkeys(("where", "job"), Maybe(TEXT)), "started": Maybe(COUNT)}),
     "deaths.jsonl": Kind({"first": COUNT, "end": COUNT, "reason": TEXT, "work_key": Maybe(TEXT)}),
-    "jobs.json": Kind({"jobs": {"*": TEXT}}, needs_version=True),
+    "jobs.json": Kind({"jobs": {"*": TEXT}}),
     "bench": Kind(
         {
             "kind": TEXT,

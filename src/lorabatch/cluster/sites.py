@@ -39,8 +39,12 @@ def load_site(name: str) -> Site:
     path = Path(name) if "/" in name else FOLDER / f"{name}.env"
     if not path.is_file():
         raise UsageError(f"no such site ({path})", where=f"--site {name}", fix=nearest(name, [p.stem for p in FOLDER.glob("*.env")]))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"not a readable text file ({error})", where=path, fix="see configs/sites/generic.env") from None
     values = {}
-    for number, line in numbered_lines(path):
+    for number, line in enumerate(text.replace("\0", "\ufffd").splitlines(), start=1):
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:  # a quote that is not closed
