@@ -15,7 +15,6 @@ from lorabatch.schema import sealed
 WORKER = """
 import sys, time
 from pathlib import Path
-from lorabatch.schema import sealed
 from lorabatch.cluster.claims import work_through
 root, items, log, pause = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
 def work(index, claim):

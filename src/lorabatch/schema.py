@@ -188,7 +188,7 @@ KINDS: dict[str, Kind] = {
     ),
     "shard": Kind({"files": [TEXT], **dict.fromkeys(("quarantined", "work_keys"), Maybe([TEXT]))}),  # its DONE.json
     "task": Kind({"trials": {"*": {"value": Maybe(NUMBER), "error": Maybe(TEXT), "run": TEXT}}}),  # its DONE.json, of a sweep
-    "sweep.json": Kind({"sweep": FREE, "trials": [FREE], "tasks": [[COUNT]]}, version=2, needs_version=True),
+    "sweep.json": Kind({"sweep": FREE, "trials": [FREE], "tasks": [[COUNT]]}, version=2),
     "claim": Kind({"host": TEXT, "pid": PROCESS, **dict.fromkeys(("where", "job"), Maybe(TEXT)), "started": Maybe(COUNT)}),
     "deaths.jsonl": Kind({"first": COUNT, "end": COUNT, "reason": TEXT, "work_key": Maybe(TEXT)}),
     "jobs.json": Kind({"jobs": {"*": TEXT}}),
