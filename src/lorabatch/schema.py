@@ -119,6 +119,7 @@ COUNTERS = {
     "last_loss": Maybe(NUMBER),
     "reason": TEXT,
 }
+LOGPROB = {"token": TEXT, "logprob": Maybe(NUMBER, missing=False)}
 SCALER = {"scale": NUMBER, **dict.fromkeys(("grow_every", "good_steps", "overflows", "overflows_in_a_row"), COUNT)}
 
 KINDS: dict[str, Kind] = {
@@ -179,7 +180,7 @@ KINDS: dict[str, Kind] = {
             **dict.fromkeys(("finish_reason", "truncated", "error", "adapter"), Maybe(TEXT, missing=False)),
             **dict.fromkeys(("queue_ms", "ttft_ms", "e2el_ms"), Maybe(NUMBER, missing=False)),
             "chat": FLAG,
-            "logprobs": Maybe([{"token": TEXT, "logprob": NUMBER, "top_logprobs": [{"token": TEXT, "logprob": NUMBER}]}], missing=False),
+            "logprobs": Maybe([LOGPROB | {"top_logprobs": [LOGPROB]}], missing=False),
         }
     ),
     "plan.json": Kind(
