@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UnavailableError, UsageError
-from lorabatch.schema import KINDS, RESTORE, SCHEMA_VERSION, NewerRecord, dumps, parsed, sealed
+from lorabatch.schema import KINDS, RESTORE, SCHEMA_VERSION, NewerRecord, parsed, sealed
+from lorabatch.schema import dumps as dumps  # for those who know files only
 
 RUN_FILES = ("run.json", "events.jsonl", "completions.jsonl", "system.jsonl", "metrics.json")
 

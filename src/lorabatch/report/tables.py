@@ -198,10 +198,10 @@ def training(words: Words, runs: Sequence[TrainRun]) -> Table:
         """Measured where an epoch was completed, else what one takes at the run's own rate, and said to be so."""
         measured, spent, steps = (run.metric(name) for name in ("epoch_s", "train_s", "steps"))
         documents = ((run.record.get("data") or {}).get("train") or {}).get("documents")
-        batch, accumulated = (run.config.get(name) for name in ("batch_size", "grad_accum_steps"))
-        if measured is not None or not all((spent, steps, documents, batch, accumulated)):
+        per_step = (run.config.get("batch_size") or 0) * (run.config.get("grad_accum_steps") or 0)
+        if measured is not None or not spent or not steps or not documents or not per_step:
             return words.quantity(measured, "s")
-        whole = math.ceil(documents / (batch * accumulated)) * spent / steps
+        whole = math.ceil(documents / per_step) * spent / steps
         return words("epoch_estimate", time=words.quantity(whole, "s"))
 
     rows = metric_rows(words, TRAIN_METRICS)
