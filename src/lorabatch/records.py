@@ -190,7 +190,7 @@ def _locked(folder: Path, folder_flag: str) -> BinaryIO | None:
     except BlockingIOError:
         file.close()
         fix = f"wait for its end, choose another {folder_flag}, or remove {path} if it is gone"
-        owner = path.read_text(encoding="utf-8")
+        owner = path.read_text(encoding="utf-8", errors="replace")
         raise UnavailableError(f"another process is at work in this run folder ({owner})", where=folder, fix=fix) from None
     except OSError:
         file.close()

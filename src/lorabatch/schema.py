@@ -88,6 +88,7 @@ PROCESS = _whole(1, 2.0**31)
 DIGITS = Leaf("16 hexadecimal digits", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) is not None)
 MOMENT = Leaf("a time with its zone", _is_moment)
 FREE = {"*": ANY}
+TYPES = ("fp32", "bf16", "fp16", "int8")
 
 ENVIRONMENT = {
     **dict.fromkeys(("host", "os", "cpu", "python"), Maybe(TEXT)),
@@ -212,6 +213,15 @@ KINDS: dict[str, Kind] = {
             "knee": Maybe(POSITIVE),
             **dict.fromkeys(("serial_share", "weak_serial_share"), Maybe(NUMBER)),
             "karp_flatt": Maybe({"*": Maybe(NUMBER)}),
+        }
+    ),
+    "ceilings": Kind(  # of a machine, in its cache
+        {
+            **dict.fromkeys(
+                (*(f"{t}_{end}" for t in TYPES for end in ("flops_per_s", "cold_flops_per_s")), "read_bytes_per_s"), Maybe(NUMBER)
+            ),
+            "measurements": Maybe({"*": COUNT}),
+            "waited_shares": Maybe({"*": Maybe(NUMBER)}),
         }
     ),
     "COMPLETE": Kind({name: {"bytes": COUNT, "sha256": TEXT} for name in ("state.safetensors", "state.json")}),

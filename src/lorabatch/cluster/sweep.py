@@ -29,7 +29,7 @@ from typing import Any
 from lorabatch.cluster.child import Ended, run_child
 from lorabatch.cluster.claims import DONE, Claim, is_done, owners, work_through
 from lorabatch.config import SweepConfig, TrainConfig
-from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest
+from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest, visible
 from lorabatch.measure.statistics import mean, standard_deviation
 from lorabatch.records import read_json, replacing, utc_now, write_json, writing
 from lorabatch.schema import is_number
@@ -267,8 +267,8 @@ def as_markdown(board: Mapping[str, Any]) -> str:
         distance = "" if behind is None else f"{behind:.4f}" + ("" if reach is None else f" ± {reach:.4f}")
         alike = behind is not None and reach is not None and behind <= reach
         note = row["errors"][0] if row["errors"] else "not told apart from the first" if alike else ""
-        points = " | ".join(str(row["point"][name]) for name in names)
-        lines.append(f"| {rank} | {points} | {value} | {half} | {distance} | {row['runs']} | {note.replace('|', '/')} |")
+        cells = [rank, *(row["point"][name] for name in names), value, half, distance, row["runs"], note]
+        lines.append("| " + " | ".join(visible(str(cell)).replace("|", "/").replace("\n", " ") for cell in cells) + " |")
     several = any(row["half_width"] is not None for row in rows)
     lines.append("\n± " + (f"is half of the {board['interval']}." if several else "needs two seeds or more: [search] seed = [1, 2, 3]."))
     lines += [f"Adapters of the first row, beside this file: {', '.join(rows[0]['folders'])}"] if rows and rows[0]["folders"] else []

@@ -97,13 +97,13 @@ def _remembered(name: str, device: torch.device, measure: Callable[[], float], r
     if not disturbed(watch.share):
         times[name] = times.get(name, 0) + 1
     waited = {**(kept.get("waited_shares") or {}), name: watch.share}
-    _keep(path, kept | {name: value, "measurements": times, "waited_shares": waited, "measured_at": utc_now()})
+    _keep(path, {"schema_version": 1, **kept, name: value, "measurements": times, "waited_shares": waited, "measured_at": utc_now()})
     return value
 
 
 def _kept(device: torch.device) -> dict[str, Any]:
     with suppress(DataError):  # missing or torn: measured anew
-        return dict(read_json(cache_file(device)))
+        return read_json(cache_file(device), "ceilings")
     return {}
 
 
