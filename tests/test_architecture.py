@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 SRC = Path(__file__).parents[1] / "src" / "lorabatch"
-BASE = {"errors", "records", "settings", "config", "progress", "signals", "slurm", "processor"}
+BASE = {"errors", "schema", "records", "settings", "config", "progress", "signals", "slurm", "processor"}
 PURE = {"measure.statistics", "measure.environment", "measure.system"}
 CORPUS, MODEL, TRAIN, INFER = "corpus", "model", "train", "infer"
 ALLOWED = {

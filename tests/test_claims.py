@@ -10,6 +10,7 @@ import time
 import pytest
 
 from lorabatch.cluster.claims import abandoned_earlier, is_done, owners, try_claim, work_through
+from lorabatch.schema import sealed
 
 WORKER = """
 import sys, time
@@ -96,7 +97,7 @@ OTHERS = {
 def test_where_nothing_proves_a_death_the_age_of_the_heartbeat_alone_decides(owner, age_s, free, tmp_path):
     path = try_claim(tmp_path / "0", timeout_s=60).path
     gone = {"pid": 2**22 - 1, "started": 1}  # no such process
-    path.write_text(json.dumps(json.loads(path.read_text()) | gone | OTHERS[owner]))
+    path.write_bytes(sealed(json.loads(path.read_text()) | gone | OTHERS[owner]))
     os.utime(path, (time.time() - age_s,) * 2)
     claim = try_claim(tmp_path / "0", timeout_s=60)
     assert (claim is not None) == free
@@ -107,7 +108,7 @@ def test_where_nothing_proves_a_death_the_age_of_the_heartbeat_alone_decides(own
 def test_a_death_that_is_proven_is_not_waited_for(change, tmp_path):
     path = try_claim(tmp_path / "0", timeout_s=60).path
     assert try_claim(tmp_path / "0", timeout_s=60) is None, "we live"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_bytes(sealed(json.loads(path.read_text()) | change))
     assert try_claim(tmp_path / "0", timeout_s=3600).generation == 1
 
 

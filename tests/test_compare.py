@@ -27,9 +27,15 @@ def bench(path, rates, *, kind="bench infer", host="node-1", level=16):
 def run(path, kind, rates):
     path.mkdir()
     config = {"lr": len(str(path)), "save_dir": str(path)}
-    (path / "run.json").write_text(json.dumps({"kind": kind, "environment": ENVIRONMENT, "config": config}))
+    record = {"schema_version": 1, "kind": kind, "status": "completed", "command": ["lorabatch", kind]}
+    (path / "run.json").write_text(json.dumps(record | {"environment": ENVIRONMENT, "config": config}))
     (path / "metrics.json").write_text(json.dumps({"pass_tokens_per_s": rates}))
-    (path / "events.jsonl").write_text("".join(json.dumps({"event": "step", "tokens_per_s": r}) + "\n" for r in [1.0, *rates]))
+    (path / "events.jsonl").write_text(
+        "".join(
+            json.dumps({"event": "step", "step": i, "loss": 1.0, "lr": 1e-4, "tokens_per_s": r}) + "\n"
+            for i, r in enumerate([1.0, *rates], 1)
+        )
+    )
     return str(path)
 
 

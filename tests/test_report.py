@@ -105,8 +105,9 @@ def train_run(path, *, metrics=TRAIN_METRICS, torn="", **changes):
 
 def completion(index, prompt, text, *, error=None):
     times = {"queue_ms": 0.5, "ttft_ms": 50.0 + index, "e2el_ms": 250.0 + index} if error is None else {}
-    row = {"id": str(index), "index": index, "prompt": prompt, "text": text, "output_tokens": 11, "error": error}
-    return row | times | {"finish_reason": "error" if error else "length"}
+    row = {"id": str(index), "index": index, "sample": 0, "key": f"{index:016x}", "prompt": prompt, "text": text, "error": error}
+    row |= {"input_tokens": 3, "output_tokens": 11, "finish_reason": "error" if error else "length", "chat": False}
+    return row | dict.fromkeys(("queue_ms", "ttft_ms", "e2el_ms", "truncated", "adapter", "logprobs")) | times
 
 
 def infer_run(path, completions, *, adapter=None, metrics=INFER_METRICS, **changes):
@@ -233,7 +234,7 @@ def test_the_page_loads_nothing_and_runs_nothing(reports, language):
 
 def test_texts_of_runs_stay_text(reports):
     markdown, html = reports["en"]
-    shown = HOSTILE.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
+    shown = HOSTILE.replace("\x00", "\\x00").replace("\ud800", "\\ud800")
     assert "<script" not in html and "<script" not in markdown
     assert shown in Page(html).text, "escaped, but complete"
     tables = [line for line in markdown.splitlines() if line.startswith("|") and "alert" in line]
@@ -313,7 +314,7 @@ def test_a_run_that_ended_before_its_model_was_loaded(tmp_path):
     ("damage", "message"),
     [
         (lambda p: (p / "run.json").unlink(), "not a run folder"),
-        (lambda p: (p / "run.json").write_text('{"kind": "bench"}'), "unknown kind"),
+        (lambda p: (p / "run.json").write_text('{"schema_version": 1, "kind": "bench"}'), "'kind' is 'bench', not one of train, infer"),
         (lambda p: (p / "run.json").write_text('{"kind": "train"}'), "'schema_version' is missing"),
         (lambda p: (p / "metrics.json").write_text("{"), "not readable as JSON"),
         (lambda p: write_jsonl(p / "events.jsonl", [{"event": "step", "step": "one"}]), "events.jsonl:1: 'step' is 'one', not of type int"),

@@ -14,6 +14,7 @@ import pytest
 from test_cli import ROOT, TEXTS, start, wait_for_lines
 
 from lorabatch.cli import main
+from lorabatch.records import write_json
 from lorabatch.signals import Deadline, limit_seconds
 from lorabatch.train import checkpoint
 
@@ -164,8 +165,7 @@ def two_checkpoints(tiny_llama_dir, tmp_path_factory):
     argv = flags(tiny_llama_dir, folder / "train.txt", folder / "run", "--keep_checkpoints", 3)
     assert main(argv) == 0
     checkpoint.discard_after(folder / "run" / "checkpoints", 11)
-    record = json.loads((folder / "run" / "run.json").read_text())
-    (folder / "run" / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    write_json(folder / "run" / "run.json", json.loads((folder / "run" / "run.json").read_text()) | {"status": "running"})
     assert [p.name for p in checkpoint.listed(folder / "run" / "checkpoints")] == ["step-00000010", "step-00000011"]
     return folder / "run"
 

@@ -19,6 +19,7 @@ from lorabatch.cluster import child
 from lorabatch.cluster.sweep import as_markdown, expand, grouped, leaderboard, read_sweep
 from lorabatch.config import TrainConfig
 from lorabatch.errors import LorabatchError
+from lorabatch.records import write_json
 
 
 def sweep_file(tmp_path, text):
@@ -78,10 +79,14 @@ def test_a_wrong_file_is_one_line_before_anything_runs(tmp_path, capsys, text, w
 def test_a_folder_of_another_sweep_is_refused_and_the_tasks_it_began_with_stand(tmp_path):
     from lorabatch.cluster.sweep import _kept_tasks
 
-    assert _kept_tasks(tmp_path, {"trials": [1, 2]}, [[0, 1]]) == [[0, 1]]
-    assert _kept_tasks(tmp_path, {"trials": [1, 2]}, [[0], [1]]) == [[0, 1]]
+    plan = {"schema_version": 2, "sweep": {}, "trials": [{"lr": 1e-4}, {"lr": 2e-4}]}
+    assert _kept_tasks(tmp_path, plan, [[0, 1]]) == [[0, 1]]
+    assert _kept_tasks(tmp_path, plan, [[0], [1]]) == [[0, 1]]
     with pytest.raises(LorabatchError, match="another sweep"):
-        _kept_tasks(tmp_path, {"trials": [2]}, [[0]])
+        _kept_tasks(tmp_path, plan | {"trials": [{"lr": 2e-4}]}, [[0]])
+    write_json(tmp_path / "sweep.json", plan | {"tasks": [[0], [0]]})
+    with pytest.raises(LorabatchError, match="do not hold every trial once"):
+        _kept_tasks(tmp_path, plan, [[0, 1]])
 
 
 # Tasks

@@ -267,8 +267,7 @@ def run_command(name: str, argv: list[str], *, prog: str | None = None) -> int:
             refused = UnavailableError(str(error.strerror), where=error.filename, fix="check the path, its permissions and the free space")
             print(f"lorabatch {name}: {refused}", file=sys.stderr)
             return refused.exit_code
-        print(
-            f"lorabatch {name}: {type(error).__name__}: {' '.join(str(error).split())}; run again with --debug to see where",
-            file=sys.stderr,
-        )
-        return LorabatchError.exit_code
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        unforeseen = LorabatchError(f"unforeseen {what}", fix="this is a fault of lorabatch: run again with --debug to see where")
+        print(f"lorabatch {name}: {unforeseen}", file=sys.stderr)
+        return unforeseen.exit_code

@@ -4,48 +4,35 @@ A run is a directory (``run.json``, ``events.jsonl``, ``completions.jsonl``, ``s
 ``metrics.json``). Whole files are replaced by rename; JSONL is appended one flushed line at a
 time, so a process killed at any instant leaves at most one torn last line, which the readers
 skip and the writers cut off.
+
+The last field of a record is the CRC-32 of all bytes before it, so that one flipped bit is found wherever it is; records
+from before there was one are read without. What a record must hold to be read says ``lorabatch.schema``.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UnavailableError, UsageError
+from lorabatch.schema import KINDS, RESTORE, SCHEMA_VERSION, NewerRecord, parsed, sealed
+from lorabatch.schema import dumps as dumps  # for those who know files only
 
-SCHEMA_VERSION = 1
 RUN_FILES = ("run.json", "events.jsonl", "completions.jsonl", "system.jsonl", "metrics.json")
 
 
 def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _plain(value: object) -> object:
-    """JSON has no NaN: a value that is not a number is null, never a token other parsers refuse."""
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
-
-
-def dumps(record: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """JSON that can be encoded: of a file name that is not UTF-8 Python makes half surrogate pairs, which are written as escapes."""
-    text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False, default=str, indent=indent)
-    return text.encode(errors="backslashreplace").decode()
 
 
 @contextmanager
@@ -74,35 +61,64 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Replace the file. Records of ours have a ``schema_version`` and are sealed; what others read (peft's) stays as it is."""
+    ours = "schema_version" in record
     with replacing(path) as file:
-        file.write(dumps(record, indent=2).encode() + b"\n")
+        file.write((sealed(record, indent=2) if ours else dumps(record, indent=2).encode()) + b"\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises DataError when the file is missing or is not one JSON object."""
+def read_json(path: Path, kind: str | None = None, *, fix: str = RESTORE) -> dict[str, Any]:
+    """A record that is a file of its own. ``kind``: in ``schema.KINDS``, by default the file's name.
+
+    Raises DataError when the file is missing, damaged, or not such a record; NewerRecord (a DataError) for one of a later version.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise DataError("no such file", where=path, fix="is this a run folder?") from None
     except (ValueError, OSError) as error:
-        raise DataError(f"not readable as JSON ({error})", where=path, fix="restore or remove the file") from None
-    if not isinstance(record, dict):
-        raise DataError("not a JSON object", where=path, fix="restore or remove the file")
-    return record
+        raise DataError(f"not readable as JSON ({error})", where=path, fix=fix) from None
+    return parsed(content, kind or (path.name if path.name in KINDS else None), path, fix=fix)
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSONL file; a torn last line (the writer was killed) is skipped."""
+def read_jsonl(path: Path, *, damaged: Callable[[bytes], None] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSONL file, of the kind of its name; a torn last line (the writer was killed) is skipped.
+
+    Raises DataError for a damaged line, unless ``damaged`` takes it.
+    """
     if not path.exists():
         return
+    kind = path.name if path.name in KINDS else None
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
             try:
-                yield json.loads(line)
-            except ValueError:
-                raise DataError("not a JSON line", where=f"{path}:{number}", fix="restore or remove the file") from None
+                if not line.endswith(b"\n"):
+                    raise DataError("torn")
+                record = parsed(line, kind, f"{path}:{number}", fix="restore the file or remove that line", what="not a JSON line")
+            except NewerRecord:
+                raise
+            except DataError:
+                if damaged:
+                    damaged(line)
+                elif line.endswith(b"\n"):
+                    raise
+            else:
+                yield record
+
+
+def mend(path: Path) -> None:
+    """Move the damaged lines of a JSONL file into ``NAME.damaged`` beside it, and say so; the whole ones stay as they are."""
+    spoilt: list[bytes] = []
+    for _ in read_jsonl(path, damaged=spoilt.append):
+        pass
+    if not any(line.endswith(b"\n") for line in spoilt):  # a torn end is cut by whoever writes on
+        return
+    aside, bad = path.with_name(f"{path.name}.damaged"), set(spoilt)
+    with writing(aside), aside.open("ab") as kept:
+        kept.writelines(line.rstrip(b"\n") + b"\n" for line in spoilt)
+    with path.open("rb") as lines, replacing(path) as file:
+        file.writelines(line for line in lines if line not in bad)
+    print(f"warning: {path}: {len(spoilt)} damaged lines moved to {aside.name}; what they recorded is done again", file=sys.stderr)
 
 
 class JsonlWriter:
@@ -133,7 +149,7 @@ class JsonlWriter:
                 file.truncate(position)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        line = memoryview(dumps(record).encode("utf-8") + b"\n")
+        line = memoryview(sealed(record) + b"\n")
         with writing(self.path):
             while line:  # one system call, unless the disk is nearly full
                 line = line[self._file.write(line) :]
@@ -174,7 +190,7 @@ def _locked(folder: Path, folder_flag: str) -> BinaryIO | None:
     except BlockingIOError:
         file.close()
         fix = f"wait for its end, choose another {folder_flag}, or remove {path} if it is gone"
-        owner = path.read_text(encoding="utf-8")
+        owner = path.read_text(encoding="utf-8", errors="replace")
         raise UnavailableError(f"another process is at work in this run folder ({owner})", where=folder, fix=fix) from None
     except OSError:
         file.close()
@@ -233,7 +249,7 @@ class RunFolder:
                 pass
         lock = None if shared else _locked(path, folder_flag)
         if overwrite and not resume:
-            for name in RUN_FILES:
+            for name in (*RUN_FILES, "completions.jsonl.damaged"):
                 (path / name).unlink(missing_ok=True)
             for name in ("best", "last", "checkpoints"):
                 shutil.rmtree(path / name, ignore_errors=True)
@@ -248,6 +264,8 @@ class RunFolder:
             "config": dict(config),
             "environment": dict(environment),
         }
+        if resume:
+            mend(path / "completions.jsonl")
         if resume and found:  # one run, however many attempts it takes
             record |= {k: found[k] for k in ("run_id", "started_at", "resumed") if k in found}
         run = cls(path, record, lock, earlier)

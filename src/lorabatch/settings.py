@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import operator
+import os
 import re
 import sys
 import types
@@ -31,6 +32,7 @@ BOUNDS = (
     ("above", "more than", operator.gt),
     ("below", "less than", operator.lt),
 )
+LARGEST_INT = 2**63
 ConfigType = TypeVar("ConfigType", bound="Settings")
 
 
@@ -96,12 +98,23 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     where = f"--{field.name} {value}"
     if rule["choices"] and value not in rule["choices"]:
         raise UsageError("not a known choice", where=where, fix=nearest(str(value), rule["choices"]))
+    if isinstance(value, str) and not _encodable(value):
+        raise UsageError("holds a character that no path and no text may", where=where, fix="leave NUL and half surrogate pairs out")
+    if isinstance(value, int) and abs(value) >= LARGEST_INT:
+        raise UsageError("out of range", where=f"--{field.name}", fix="give a value of less than 2**63")
     if isinstance(value, (int, float)):
         if value != value or value in (float("inf"), float("-inf")):
             raise UsageError("must be a finite number", where=where, fix="give a number")
         for name, text, holds in BOUNDS:
             if rule[name] is not None and not holds(value, rule[name]):
                 raise UsageError("out of range", where=where, fix=f"give a value of {text} {rule[name]}")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,17 +212,22 @@ def parse(
     return config, extras
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """A TOML file as it is. UsageError if it is missing, DataError if it is not readable."""
+    try:
+        return dict(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UsageError("no such file", where=path, fix="check the path") from None
+    except (ValueError, RecursionError, OSError) as error:  # also of numbers with thousands of digits, and nested a thousand deep
+        raise DataError(f"not a readable TOML file ({error})", where=path, fix="mend the line it names") from None
+
+
 def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict[str, Any]:
     """Settings from a TOML file: top-level keys, and those of the command's table: ``[train]``, ``[bench.machine]``.
 
     Tables of other commands are left alone, so that one file can describe a whole experiment.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError("no such file", where=f"--config {path}", fix="check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"not a readable TOML file ({error})", where=path, fix="mend the line it names") from None
+    table = read_table(path)
     commands = ("train", "infer", "merge", "fetch", "stage", "report", "bench", "profile", "compare", "submit")
     for name in table:
         if isinstance(table[name], dict) and name not in commands:
@@ -217,6 +235,8 @@ def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict
     sections = [table] if config_class.TOP_LEVEL_KEYS else [{k: v for k, v in table.items() if isinstance(v, dict)}]
     for word in command.split():
         sections.append(sections[-1].get(word, {}))
+        if not isinstance(sections[-1], dict):
+            raise UsageError(f"'{word}' is {sections[-1]!r}, not a table", where=path, fix=f"write [{command.replace(' ', '.')}]")
     merged = {k: v for section in sections for k, v in section.items() if not isinstance(v, dict)}
     return typed_values(config_class, merged, path)
 
@@ -239,7 +259,7 @@ def _typed(key: str, value: Any, annotation: Any, path: Path | str) -> Any:
         if all(isinstance(item, kind) for item in items):
             return tuple(items)
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < LARGEST_INT else value  # refused as out of range
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise UsageError(f"'{key}' must be of type {kind.__name__}, not {value!r}", where=path, fix="mend the value")

@@ -27,7 +27,7 @@ def seconds(limit: str) -> float | None:
     """Slurm's time formats in seconds: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; inf if unlimited; None if it is none of them."""
     if limit.strip().upper() in UNLIMITED:
         return float("inf")
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", limit.strip())
     if match is None:
         return None
     days, *parts = (int(part or 0) for part in match.groups())

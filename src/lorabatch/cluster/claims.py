@@ -12,7 +12,6 @@ of process numbers) does not wait for the heartbeat to age: in another container
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -25,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from lorabatch.errors import LorabatchError
-from lorabatch.records import dumps, read_json, utc_now, write_json, writing
+from lorabatch.records import read_json, utc_now, write_json, writing
+from lorabatch.schema import SCHEMA_VERSION, sealed
 
 HEARTBEATS_PER_TIMEOUT = 6
 DONE = "DONE.json"
@@ -56,7 +56,7 @@ class Claim:
         self._thread.join()
 
     def finish(self, record: dict[str, Any]) -> None:
-        write_json(self.folder / DONE, record)
+        write_json(self.folder / DONE, {"schema_version": SCHEMA_VERSION, **record})
 
     @property
     def outputs(self) -> Path:
@@ -96,8 +96,8 @@ def try_claim(folder: Path, *, timeout_s: float) -> Claim | None:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:  # another one was faster
             return None
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(dumps(_this_process()) + "\n")
+        with os.fdopen(handle, "wb") as file:
+            file.write(sealed(_this_process()) + b"\n")
     return Claim(folder, newest + 1, timeout_s)
 
 
@@ -147,10 +147,8 @@ def _abandoned(folder: Path, generation: int, timeout_s: float) -> bool:
     path = folder / f"claim-{generation:03d}"
     if path.with_suffix(f".{RELEASED}").exists():
         return True
-    with suppress(
-        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError
-    ):  # being written just now, or damaged: its age decides
-        if _proven_dead(json.loads(path.read_text(encoding="utf-8"))):
+    with suppress(LorabatchError):  # being written just now, or damaged: its age decides
+        if _proven_dead(read_json(path, "claim")):
             return True
     with writing(folder), tempfile.TemporaryFile(dir=folder) as probe:
         return os.fstat(probe.fileno()).st_mtime - path.stat().st_mtime > timeout_s
@@ -199,8 +197,8 @@ def owners(folders: Sequence[Path]) -> list[str]:
         newest = _latest(folder)
         if newest >= 0 and not is_done(folder):
             try:
-                owner = read_json(folder / f"claim-{newest:03d}")
+                owner = read_json(folder / f"claim-{newest:03d}", "claim")
                 found.add(f"{owner['host']}:{owner['pid']}" + (f" (job {owner['job']})" if owner.get("job") else ""))
-            except (LorabatchError, KeyError):  # being written just now
+            except LorabatchError:  # being written just now
                 continue
     return sorted(found)

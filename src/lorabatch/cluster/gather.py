@@ -14,16 +14,19 @@ from typing import Any
 
 from lorabatch import hub
 from lorabatch.cluster.claims import DONE, is_done
+from lorabatch.config import InferConfig
 from lorabatch.errors import DataError
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.ranges import completions
 from lorabatch.infer.requests import Request
 from lorabatch.infer.sink import write_openai_file
 from lorabatch.measure.statistics import rate, summary
-from lorabatch.records import RunFolder, dumps, read_json, replacing, write_json
+from lorabatch.records import RunFolder, read_json, replacing, write_json
+from lorabatch.schema import sealed
 
 NO_KEY = "0" * 16  # of a quarantined record
 AGAIN = "remove the output folder and begin again"
+ANEW = "remove it and run the same command again: what is finished there is kept"
 Record = dict[str, Any]
 
 
@@ -38,11 +41,11 @@ def failed_prompts(shard: Path) -> list[int]:
     return sorted({index for (index, _), record in best.items() if _rank(record)})
 
 
-def merge(folder: Path, prompts: PromptFile, shards: Sequence[Path]) -> None:
+def merge(folder: Path, config: InferConfig, prompts: PromptFile, shards: Sequence[Path]) -> None:
     """Write ``completions.jsonl`` and ``metrics.json`` from finished shards. DataError unless every request has exactly one record."""
     plan, record = read_json(folder / "plan.json"), read_json(folder / "run.json")
-    if hub.file_sha256(Path(record["config"]["prompts"])) != plan["prompts_sha256"]:
-        raise DataError("changed during the run", where=record["config"]["prompts"], fix=AGAIN)
+    if hub.file_sha256(Path(config.prompts)) != plan["prompts_sha256"]:
+        raise DataError("changed during the run", where=config.prompts, fix=AGAIN)
     done = [_done(shard) for shard in shards]
     pieces = list(dict.fromkeys((base / file).parent for parts in done for base, part in parts for file in part["files"]))
     runs = [read_json(piece / "run.json") for piece in pieces if (piece / "run.json").exists()]
@@ -59,17 +62,16 @@ def merge(folder: Path, prompts: PromptFile, shards: Sequence[Path]) -> None:
             while request is not None and request.index < end:
                 completion = others.better(request, found.pop((request.index, request.sample), None))
                 if completion is None:
-                    raise DataError(f"no completion for {request.id!r}", where=shard, fix=AGAIN)
+                    raise DataError(f"no completion for {request.id!r}, although it is done", where=shard / DONE, fix=ANEW)
                 totals.add(completion)
-                file.write(dumps(completion).encode() + b"\n")
+                file.write(sealed(completion) + b"\n")
                 request = next(requests, None)
             if found:
                 raise DataError(f"completion {next(iter(found.values()))['id']!r} is of no request of the input", where=shard, fix=AGAIN)
     write_json(folder / "metrics.json", totals.metrics(pieces, runs) | {"shards": len(shards), "quarantined": totals.quarantined})
-    if record["config"]["output_format"] == "openai":
-        name, path = record["config"]["base_model"], folder / "batch_output.jsonl"
-        adapters = [entry.partition("=")[0] for entry in record["config"]["adapters"]]
-        write_openai_file(path, folder / "completions.jsonl", model=name, created=int(time.time()), adapters=adapters)
+    if config.output_format == "openai":
+        path, adapters = folder / "batch_output.jsonl", [entry.partition("=")[0] for entry in config.adapters]
+        write_openai_file(path, folder / "completions.jsonl", model=config.base_model, created=int(time.time()), adapters=adapters)
     shared = {k: runs[0].get(k) if runs else None for k in ("model", "device", "dtype", "threads", "backend", "gpu")}
     RunFolder(folder, record).finish("completed", failed=totals.failed, **shared)
     counts = f"{totals.completed} completed, {totals.failed} failed of {len(prompts)}"
@@ -83,7 +85,7 @@ def merge(folder: Path, prompts: PromptFile, shards: Sequence[Path]) -> None:
 
 def _done(shard: Path) -> list[tuple[Path, Record]]:
     """(the folder that its files are relative to, the record) of a finished shard and of its finished retries."""
-    return [(base, read_json(base / DONE)) for base in (shard, *sorted(filter(is_done, shard.glob("retry-*"))))]
+    return [(base, read_json(base / DONE, "shard", fix=ANEW)) for base in (shard, *sorted(filter(is_done, shard.glob("retry-*"))))]
 
 
 def _rank(record: Mapping[str, Any]) -> int:
@@ -145,16 +147,18 @@ class _Totals:
         tokens = record["output_tokens"]
         self._tokens_in += record["input_tokens"]
         self._tokens_out += tokens
-        for name in ("queue_ms", "ttft_ms", "e2el_ms"):
-            self._times[name].append(record[name])
-        if tokens > 1:
+        times = {name: ms for name in ("queue_ms", "ttft_ms", "e2el_ms") if (ms := record.get(name)) is not None}
+        for name, ms in times.items():
+            self._times[name].append(ms)
+        if tokens > 1 and {"ttft_ms", "e2el_ms"} <= times.keys():
             self._times["tpot_ms"].append((record["e2el_ms"] - record["ttft_ms"]) / (tokens - 1))
 
     def metrics(self, pieces: Sequence[Path], runs: Sequence[Record]) -> Record:
         """``duration_s`` is wall time from the first process's start to the last one's end, waits in the queue included."""
-        spans = [(datetime.fromisoformat(r["started_at"]), datetime.fromisoformat(r["finished_at"])) for r in runs if r["finished_at"]]
+        ended = [r for r in runs if r.get("started_at") and r.get("finished_at")]
+        spans = [(datetime.fromisoformat(r["started_at"]), datetime.fromisoformat(r["finished_at"])) for r in ended]
         wall_s = (max(end for _, end in spans) - min(start for start, _ in spans)).total_seconds() if spans else 0.0
-        busy = [read_json(piece / "metrics.json")["duration_s"] for piece in pieces if (piece / "metrics.json").exists()]
+        busy = [read_json(piece / "metrics.json").get("duration_s") or 0.0 for piece in pieces if (piece / "metrics.json").exists()]
         return {
             "schema_version": 1,
             "kind": "infer",

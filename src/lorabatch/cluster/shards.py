@@ -38,13 +38,15 @@ from lorabatch.infer.ranges import completions
 from lorabatch.infer.requests import completion_record
 from lorabatch.infer.run import default_output_dir
 from lorabatch.measure.environment import environment, usable_cores
-from lorabatch.records import JsonlWriter, RunFolder, dumps, read_json, read_jsonl, replacing, utc_now, write_json, writing
+from lorabatch.records import JsonlWriter, RunFolder, read_json, read_jsonl, replacing, utc_now, write_json, writing
+from lorabatch.schema import sealed
 from lorabatch.signals import StopSignals
 
 # What may differ between the processes that share the work.
 FREE = {"output_dir", "resume", "batch_size", "threads", "no_cuda", "prefill_tokens", "output_order", "claim_timeout_s", "leave_early"}
 FREE |= {"shards", "processes", "retry_failed"}  # the bounds say what matters of the first two
 VOID = "deaths-are-void"  # beside deaths that no prompt is to blame for
+PLAN_LOST = "restore the file, or choose another --output_dir; what is finished lies below shards/"
 TRIES_ALONE = 2  # deaths of its process, while it ran alone, that a prompt may have
 LEFT_BEHIND = 2  # owners that may be lost over a range before it is cut, lest one prompt take its neighbours' owners down for ever
 QUARANTINE = "the process that computed this request died ({reason}); quarantined"
@@ -99,7 +101,7 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
             f"nothing left to claim; {left} shards with {', '.join(owners([i.folder for i in items])) or 'nobody'}; the last process merges"
         )
         return 0
-    merge(folder, prompts, shards)
+    merge(folder, config, prompts, shards)
     return 0
 
 
@@ -108,7 +110,7 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
     num_prompts = 1 + prompts.indices[-1]
     path = folder / "plan.json"
     if config.shards is None and path.exists():
-        default_shards = len(read_json(path)["bounds"]) - 1
+        default_shards = len(read_json(path, fix=PLAN_LOST)["bounds"]) - 1
     shards = min(config.shards or default_shards, num_prompts)
     config_kept = {k: v for k, v in config.to_dict().items() if k not in FREE}
     plan = {
@@ -125,7 +127,7 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
         with writing(folder, fix="choose another --output_dir"):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(path, plan)  # processes that start at once write the same
-    found = read_json(path)
+    found = read_json(path, fix=PLAN_LOST)
     if found != plan:
         was, now = found | found.get("config", {}), plan | config_kept
         differing = sorted(k for k in now if k != "config" and was.get(k) != now[k])
@@ -213,10 +215,10 @@ class _Shard:
         found = []
         for path in sorted(self._claim.folder.glob("output-*/deaths.jsonl")):
             if not path.with_name(VOID).exists():
-                for death in read_jsonl(path):
+                for death in read_jsonl(path, damaged=lambda line: None):  # costs another try
                     if (death["first"], death["end"]) == (first, end):
                         found.append(death["reason"])
-                        self._work_keys.add(death["work_key"])
+                        self._work_keys.add(death["work_key"] or "")
         return found
 
     def _owners_lost(self, name: str) -> int:
@@ -255,7 +257,7 @@ class _Shard:
             for request in requests:
                 request.error = QUARANTINE.format(reason=reason)
                 record = completion_record(request, None, key=NO_KEY, adapter=None if merged is None else str(merged))
-                file.write(dumps(record).encode() + b"\n")
+                file.write(sealed(record) + b"\n")
         self._quarantined.append(requests[0].id)  # the prompt once, however many completions it owes
         self._files += [path for path in (folder / "completions.jsonl", folder / "quarantine.jsonl") if path.exists()]
 

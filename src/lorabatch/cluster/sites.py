@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,24 +30,40 @@ class Site:
 
     def limits_s(self) -> dict[str, float]:
         """Longest time of each partition: the running Slurm's, else the file's."""
-        from_file = {name: slurm.seconds(limit) for name, limit in (entry.split("=", 1) for entry in self.time_limits.split())}
-        return slurm.partition_limits() or {name: limit for name, limit in from_file.items() if limit}
+        entries = (entry.partition("=") for entry in self.time_limits.split())
+        return slurm.partition_limits() or {name: slurm.seconds(limit) or 0.0 for name, _, limit in entries}
 
 
 def load_site(name: str) -> Site:
-    """A name in configs/sites or the path of a file. UsageError for an unknown one, DataError for an unknown key."""
+    """A name in configs/sites or the path of a file. UsageError for an unknown one, DataError for what is wrong in it."""
     path = Path(name) if "/" in name else FOLDER / f"{name}.env"
     if not path.is_file():
         raise UsageError(f"no such site ({path})", where=f"--site {name}", fix=nearest(name, [p.stem for p in FOLDER.glob("*.env")]))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"not a readable text file ({error})", where=path, fix="see configs/sites/generic.env") from None
     values = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        for word in shlex.split(line, comments=True):
+    for number, line in enumerate(text.replace("\0", "\ufffd").splitlines(), start=1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:  # a quote that is not closed
+            raise DataError(f"not a line of a shell ({error})", where=f"{path}:{number}", fix="mend the quotes") from None
+        for word in words:
             key, _, value = word.partition("=")
             name = key.removeprefix("SITE_").lower()
             values[name] = value
             if name not in {f.name for f in fields(Site)}:
                 raise DataError(f"unknown key '{key}'", where=f"{path}:{number}", fix="see configs/sites/generic.env for the keys")
+            if not _is_rule(name, value):
+                raise DataError(f"'{value}' is no value of {key}", where=f"{path}:{number}", fix="see configs/sites/generic.env")
     return Site(**values)
+
+
+def _is_rule(name: str, value: str) -> bool:
+    if name == "time_limits":
+        return all(partition and slurm.seconds(limit) for partition, _, limit in (entry.partition("=") for entry in value.split()))
+    return name not in ("max_jobs", "max_gpus_per_node") or re.fullmatch("[0-9]{0,9}", value) is not None
 
 
 def check_rules(config: SubmitConfig, site: Site, partition: str, *, num_jobs: int) -> None:
@@ -70,5 +87,5 @@ def check_rules(config: SubmitConfig, site: Site, partition: str, *, num_jobs: i
 
 
 def _at_most(limit: str, value: int, flag: str, what: str) -> None:
-    if limit.isdigit() and value > int(limit):
+    if limit and value > int(limit):
         raise UsageError(f"the site allows {limit} {what}", where=f"{flag} (makes {value})", fix="ask for fewer")

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from collections import Counter
@@ -63,6 +64,8 @@ def submit(what: str, config: SubmitConfig, experiment: str | None) -> int:
     site = load_site(config.site)
     partition = config.partition or (site.gpu_partition if config.device == "gpu" else site.cpu_partition)
     run_dir = Path(config.run_dir or f"results/{what}-{datetime.now():%Y%m%d-%H%M%S}")
+    if "\\" in str(run_dir):  # in the name of an output file it turns off the patterns for jobs and tasks
+        raise UsageError("Slurm takes no backslash in the name of a folder", where="--run_dir", fix="choose another")
     cpu_partition = partition if config.device == "cpu" else site.cpu_partition
     jobs = plan(what, config, experiment, run_dir, partition, cpu_partition)
     check_rules(config, site, partition, num_jobs=sum(_tasks(job) for job in jobs))
@@ -115,7 +118,7 @@ def plan(what: str, config: SubmitConfig, experiment: str | None, run_dir: Path,
         words = ("report", str(run_dir / "train"), str(run_dir / "infer"), "--output_dir", str(run_dir / "report"))
         small: tuple[str, ...] = (f"--partition={cpu_partition}",) if cpu_partition else ()
         small += (f"--account={config.account}",) if config.account else ()
-        small += ("--time=15", "--signal=B:USR1@60", "--cpus-per-task=1", "--mem=4G", f"--output={run_dir}/logs/%x-%j.out")
+        small += ("--time=15", "--signal=B:USR1@60", "--cpus-per-task=1", "--mem=4G", _log(run_dir))
         jobs.append(Job("report", small, "scripts/job_cpu.slurm", words, (("afterok", jobs[-1].name),)))
     return jobs
 
@@ -128,7 +131,7 @@ def _array(
     if config.array is None:
         return [Job(name, one, script, words, after)]
     array = f"--array=0-{config.array - 1}" + (f"%{config.parallel}" if config.parallel else "")
-    logs = tuple(option.replace("%j", "%A_%a") for option in one)  # as squeue and sacct name the tasks
+    logs = tuple(re.sub("%j[.]out$", "%A_%a.out", option) for option in one)  # as squeue and sacct name the tasks
     tasks = Job(name, (*logs, array), script, (*words, "--leave_early"), after)
     return [tasks, Job("merge", one, script, words, (*after, ("afterany", name)))]
 
@@ -136,12 +139,16 @@ def _array(
 def _options(config: SubmitConfig, run_dir: Path, partition: str) -> tuple[str, ...]:
     total_s = slurm.seconds(config.time) or 0.0
     signal_s = int(min(SIGNAL_BEFORE_END_S, total_s / 4))
-    options = [f"--time={config.time}", f"--signal=B:USR1@{signal_s}", f"--cpus-per-task={config.cpus_per_task}"]
-    options += [f"--output={run_dir}/logs/%x-%j.out"]
+    options = [f"--time={config.time}", f"--signal=B:USR1@{signal_s}", f"--cpus-per-task={config.cpus_per_task}", _log(run_dir)]
     optional = {"--partition": partition, "--account": config.account, "--mem": config.mem}
     options += [f"{flag}={value}" for flag, value in optional.items() if value]
     options += [f"--gpus-per-node={config.gpus}"] if config.device == "gpu" else []
     return (*options, *(["--exclusive"] if config.exclusive else []))
+
+
+def _log(run_dir: Path) -> str:
+    """The option for the jobs' output: what Slurm would replace in the folder's own name is doubled."""
+    return f"--output={run_dir}/logs/".replace("%", "%%") + "%x-%j.out"
 
 
 def _check(config_class: Any, experiment: str | None, command: str) -> None:

@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,18 +29,16 @@ from typing import Any
 from lorabatch.cluster.child import Ended, run_child
 from lorabatch.cluster.claims import DONE, Claim, is_done, owners, work_through
 from lorabatch.config import SweepConfig, TrainConfig
-from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest
+from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest, visible
 from lorabatch.measure.statistics import mean, standard_deviation
 from lorabatch.records import read_json, replacing, utc_now, write_json, writing
-from lorabatch.settings import typed_values
+from lorabatch.schema import is_number
+from lorabatch.settings import read_table, typed_values
 from lorabatch.signals import StopSignals
 from lorabatch.train.jobfile import SHARED
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+MOST_TRIALS = 100_000
+ANEW = "remove it and run the same command again: trials that are complete are not trained again"
 DEFAULTS: dict[str, Any] = {"method": "grid", "samples": 10, "seed": 0, "metric": "eval_loss", "train": {}, "search": {}}
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; the normal quantile beyond.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -72,8 +69,11 @@ def run_sweep(file: str, config: SweepConfig) -> int:
     if left:
         print(f"nothing left to claim; {left} tasks with {', '.join(owners(folders)) or 'nobody'}")
         return 0
-    results = {int(trial): result for f in folders for trial, result in read_json(f / DONE)["trials"].items()}
-    board = leaderboard(trials, [results[i] for i in range(len(trials))], sweep["metric"])
+    results = {trial: (f, result) for f in folders for trial, result in read_json(f / DONE, "task", fix=ANEW)["trials"].items()}
+    for task, f in zip(tasks, folders, strict=True):
+        if any(results.get(str(trial), (None,))[0] != f for trial in task):
+            raise DataError("does not name the trials of its task", where=f / DONE, fix=ANEW)
+    board = leaderboard(trials, [results[str(i)][1] for i in range(len(trials))], sweep["metric"])
     write_json(folder / "leaderboard.json", board)
     text = as_markdown(board)
     with replacing(folder / "LEADERBOARD.md") as written:  # by every process that sees the last task done
@@ -87,7 +87,9 @@ def run_sweep(file: str, config: SweepConfig) -> int:
 def planned_trials(path: Path, *, no_cuda: bool) -> tuple[dict[str, Any], list[dict[str, Any]], list[TrainConfig]]:
     """(the file, the values of each trial, its settings); every mistake in the file is raised here."""
     sweep = read_sweep(path)
-    trials = list(expand(sweep))
+    trials = list(itertools.islice(expand(sweep), MOST_TRIALS + 1))
+    if len(trials) > MOST_TRIALS:
+        raise UsageError(f"more than {MOST_TRIALS} trials", where=path, fix="give fewer values or samples")
     if not trials:
         raise UsageError("nothing to try", where=path, fix="give samples of at least 1, and lists with something in them")
     device = {"no_cuda": True} if no_cuda else {}
@@ -96,10 +98,7 @@ def planned_trials(path: Path, *, no_cuda: bool) -> tuple[dict[str, Any], list[d
 
 def read_sweep(path: Path) -> dict[str, Any]:
     """The file with its defaults filled in. DataError or UsageError for what is wrong with it."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"not a readable TOML file ({error})", where=path, fix="check the path and the line it names") from None
+    table = read_table(path)
     for key, value in table.items():
         if key not in DEFAULTS:
             raise UsageError(f"unknown key '{key}'", where=path, fix=nearest(key, DEFAULTS))
@@ -141,10 +140,10 @@ def _draw(name: str, space: Any, generator: random.Random) -> Any:
         if space.get("log"):
             low, high = math.log(low), math.log(high)
         value = generator.uniform(low, high)
-    except (TypeError, KeyError, ValueError, IndexError):
+        value = math.exp(value) if space.get("log") else value
+        return round(value) if isinstance(space["min"], int) and isinstance(space["max"], int) else float(f"{value:.4g}")
+    except (TypeError, KeyError, ValueError, IndexError, OverflowError):
         raise UsageError("not a range", where=f"[search] {name}", fix="give {min = A, max = B} or a list") from None
-    value = math.exp(value) if space.get("log") else value
-    return round(value) if isinstance(space["min"], int) and isinstance(space["max"], int) else float(f"{value:.4g}")
 
 
 def grouped(settings: Sequence[TrainConfig], most: int) -> list[list[int]]:
@@ -164,9 +163,11 @@ def _kept_tasks(folder: Path, plan: dict[str, Any], tasks: list[list[int]]) -> l
     if not path.exists():
         write_json(path, plan | {"tasks": tasks})  # processes that start at once write the same
     found = read_json(path)
-    begun: list[list[int]] = found.pop("tasks", [])
+    begun: list[list[int]] = found.pop("tasks")
     if found != plan:
         raise UsageError("holds another sweep", where=path, fix="choose another --output_dir")
+    if sorted(trial for task in begun for trial in task) != list(range(len(plan["trials"]))) or not all(begun):
+        raise DataError("its tasks do not hold every trial once", where=path, fix="restore the file or choose another --output_dir")
     return begun
 
 
@@ -214,7 +215,8 @@ class _Task:
         value, error = None, record.get("error") or ended.reason
         if record.get("status") == "completed":
             value = read_json(run / "metrics.json").get(self._metric)
-            error = None if value is not None else f"metrics.json has no {self._metric}"
+            value = value if is_number(value) else None
+            error = None if value is not None else f"{self._metric} is no number in metrics.json"
         return {"value": value, "error": error, "run": str(run.relative_to(self._claim.folder.parents[1]))}
 
 
@@ -265,8 +267,8 @@ def as_markdown(board: Mapping[str, Any]) -> str:
         distance = "" if behind is None else f"{behind:.4f}" + ("" if reach is None else f" ± {reach:.4f}")
         alike = behind is not None and reach is not None and behind <= reach
         note = row["errors"][0] if row["errors"] else "not told apart from the first" if alike else ""
-        points = " | ".join(str(row["point"][name]) for name in names)
-        lines.append(f"| {rank} | {points} | {value} | {half} | {distance} | {row['runs']} | {note.replace('|', '/')} |")
+        cells = [rank, *(row["point"][name] for name in names), value, half, distance, row["runs"], note]
+        lines.append("| " + " | ".join(visible(str(cell)).replace("|", "/").replace("\n", " ") for cell in cells) + " |")
     several = any(row["half_width"] is not None for row in rows)
     lines.append("\n± " + (f"is half of the {board['interval']}." if several else "needs two seeds or more: [search] seed = [1, 2, 3]."))
     lines += [f"Adapters of the first row, beside this file: {', '.join(rows[0]['folders'])}"] if rows and rows[0]["folders"] else []

@@ -22,7 +22,8 @@ from lorabatch.errors import LorabatchError
 from lorabatch.infer.adapters import AdapterNames
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.run import Kept, load, run_inference
-from lorabatch.records import dumps, replacing
+from lorabatch.records import read_jsonl, replacing
+from lorabatch.schema import sealed
 from lorabatch.settings import typed_values
 
 
@@ -69,23 +70,13 @@ def _take_over(files: Iterable[Path], folder: Path, prompts: PromptFile, work_ke
         for record in (r for file in files for r in completions(file)):
             place = record["index"], record["sample"]
             if record["error"] is None and keys.get(place) == (record["id"], record["key"]):
-                written.write(dumps(record).encode() + b"\n")
+                written.write(sealed(record) + b"\n")
                 del keys[place]
 
 
 def completions(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file that another process may be writing, or was when it was killed: what is no whole record is left out."""
-    kinds = {"index": int, "sample": int, "id": str, "key": str, "text": str}
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                continue
-            if isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items()) and "error" in record:
-                yield record
+    return read_jsonl(path, damaged=lambda line: None)
 
 
 def _redirect(path: Path | str, flags: int, *descriptors: int) -> None:

@@ -4,12 +4,11 @@ and never where the slower one had to wait for cores that others used."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorabatch.errors import DataError, UsageError
-from lorabatch.measure.scaling import estimate, verdict
+from lorabatch.errors import DataError, UsageError, visible
+from lorabatch.measure.scaling import estimate, read_bench, verdict
 from lorabatch.measure.waits import disturbed, waited_share
 from lorabatch.records import read_json, read_jsonl
 
@@ -36,7 +35,7 @@ def compare(a: Path, b: Path, *, across_hosts: bool) -> list[str]:
         lines.append("DIFFERENT MACHINES: what follows compares machines as much as programs.")
     changed = _differences(record_a, record_b)
     lines.append(f"settings that differ: {', '.join(changed) or 'none'}")
-    return lines + [_line(name, rates_a[name], rates_b[name]) for name in common]
+    return [visible(line) for line in (*lines, *(_line(name, rates_a[name], rates_b[name]) for name in common))]
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], Rates]:
@@ -45,16 +44,17 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Rates]:
         record = read_json(path / "run.json")
         if record.get("kind") == "train":
             steps = [e["tokens_per_s"] for e in read_jsonl(path / "events.jsonl") if e.get("event") == "step"]
-            with suppress(DataError):  # a run that was killed has none
+            if (path / "metrics.json").exists():  # a run that was killed has none
                 metrics = read_json(path / "metrics.json")
             return record, {
                 "steps after the first": estimate(steps[1:]) | {"waited_share": waited_share(metrics)}
             }  # the first one warms up
         metrics = read_json(path / "metrics.json")
-        return record, {"repetitions": estimate(metrics.get("pass_tokens_per_s") or []) | {"waited_share": waited_share(metrics)}}
-    record = read_json(path)
-    if not isinstance(record.get("points"), list):
-        raise DataError("neither a run folder nor a file that lorabatch bench wrote", where=path, fix="give one of the two")
+        return record, {
+            "repetitions": estimate([rate for rate in metrics.get("pass_tokens_per_s") or [] if rate is not None])
+            | {"waited_share": waited_share(metrics)}
+        }
+    record = read_bench(path)
     sweep = record["sweep"]
     return record, {f"{sweep} {p[sweep]}": p["tokens_per_s"] | {"waited_share": p.get("waited_share")} for p in record["points"]}
 
@@ -67,7 +67,7 @@ def _machine(record: Mapping[str, Any]) -> str:
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     configs = [
         {
-            **record.get("config", {}),
+            **(record.get("config") or {}),
             **{k: record.get(k) for k in ("device", "dtype", "threads")},
             **{k: (record.get("environment") or {}).get(k) for k in ("packages", "git")},
         }
@@ -92,7 +92,8 @@ def _line(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         "waited": "no verdict, because the slower one was disturbed: measure it again on a quiet machine",
     }
     found, counts = verdict(a, b), f"{len(a['values'])} and {len(b['values'])} values"
-    said = words.get(found) or f"B is {found}, {b['median'] / a['median']:.2f} times A's median"
+    times = f", {b['median'] / a['median']:.2f} times A's median" if a["median"] else ""
+    said = words.get(found) or f"B is {found}{times}"
     said = "; ".join((*waits, said))
     return f"{name}: A {shown(a)}, B {shown(b)} tokens/s (median and its interval of at least 95 %; {counts}): {said}"
 

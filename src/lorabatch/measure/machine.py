@@ -96,13 +96,13 @@ def _remembered(name: str, device: torch.device, measure: Callable[[], float], r
         value = max(value, measure())
     times[name] = times.get(name, 0) + (0.5 if disturbed(watch.share) else 1)  # a node that is never quiet does not measure for ever
     waited = {**(kept.get("waited_shares") or {}), name: watch.share}
-    _keep(path, kept | {name: value, "measurements": times, "waited_shares": waited, "measured_at": utc_now()})
+    _keep(path, {"schema_version": 1, **kept, name: value, "measurements": times, "waited_shares": waited, "measured_at": utc_now()})
     return value
 
 
 def _kept(device: torch.device) -> dict[str, Any]:
     with suppress(DataError):  # missing or torn: measured anew
-        return dict(read_json(cache_file(device)))
+        return read_json(cache_file(device), "ceilings")
     return {}
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from lorabatch.errors import DataError
 from lorabatch.measure.environment import environment
 from lorabatch.measure.statistics import mean, percentile
 from lorabatch.measure.waits import disturbed
-from lorabatch.records import SCHEMA_VERSION, utc_now
+from lorabatch.records import read_json, utc_now
+from lorabatch.schema import SCHEMA_VERSION
 
 CONFIDENCE = 0.95
+ESTIMATES = ("tokens_per_s", "weak_tokens_per_s", "batch_latency_ms", "step_ms")
 WORTH_IT = 0.5  # a step up is worth it while it brings at least half of its share: doubling brings 1.5 times
 
 
@@ -126,6 +130,28 @@ def bench_record(kind: str, name: str, points: Sequence[Mapping[str, Any]], *, c
         found["knee"] = knee(levels, rates)
     head = {"schema_version": SCHEMA_VERSION, "kind": kind, "sweep": name, "measured_at": utc_now(), "command": list(command)}
     return {**head, "environment": environment(), **facts, **found, "points": [dict(p) for p in points]}
+
+
+def read_bench(path: Path) -> dict[str, Any]:
+    """What ``bench_record`` made. DataError for another file, and for estimates that are not those of their own values."""
+    fix = "give run folders and files that lorabatch bench train or infer wrote"
+    record = read_json(path, "bench", fix=fix)
+    if not record["points"]:
+        raise DataError("not a file that lorabatch bench train or infer wrote: 'points' is empty", where=path, fix=fix)
+    for point in record["points"]:
+        if point.get(record["sweep"]) is None:
+            raise DataError(f"a point has no '{record['sweep']}'", where=path, fix=fix)
+        for name in ESTIMATES:
+            found = point.get(name)
+            if found is not None and any(
+                not _same(found.get(k), v) for k, v in estimate(found["values"]).items() if k in ("median", "low", "high")
+            ):
+                raise DataError(f"'{name}' at {point[record['sweep']]} is not what its values give", where=path, fix="measure again")
+    return record
+
+
+def _same(a: float | None, b: float | None) -> bool:
+    return a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-9)
 
 
 def verdict(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ The style is that of Princeton's jobstats: what was asked for, what was used, wh
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 from lorabatch.measure.explain import FEW_ROWS
@@ -44,11 +45,16 @@ def _memory(words: Words, run: Run) -> Iterator[str]:
 def requested_memory(run: Run) -> float | None:
     """Bytes that the job asked for: Slurm's figure (MB per node, or per core), else the control group's limit."""
     slurm = run.environment.get("slurm") or {}
-    if str(slurm.get("mem_per_node", "")).isdigit():
-        return int(slurm["mem_per_node"]) * 2.0**20 or None
-    if str(slurm.get("mem_per_cpu", "")).isdigit():
-        return int(slurm["mem_per_cpu"]) * 2.0**20 * float(slurm.get("cpus_per_task", 1)) or None
+    per_node, per_cpu, cpus = (_whole(slurm.get(name)) for name in ("mem_per_node", "mem_per_cpu", "cpus_per_task"))
+    if per_node:
+        return per_node * 2.0**20
+    if per_cpu:
+        return per_cpu * 2.0**20 * (cpus or 1)
     return run.metric("cgroup_memory_bytes")
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text and re.fullmatch("[0-9]{1,12}", text) else None
 
 
 def _cores(words: Words, run: Run) -> Iterator[str]:

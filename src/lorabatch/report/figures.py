@@ -102,8 +102,9 @@ def _loss_plot(words: Words, runs: Sequence[TrainRun]) -> Plot:
         for i, run in enumerate(runs):
             steps, line = [s.step for s in run.steps], line_style(i)
             loss.plot(*_thinned(steps, [s.loss for s in run.steps]), label=words("line_train", run=run.label), alpha=0.75, **line)
-            if run.evals:
-                points = [e.step for e in run.evals], [e.eval_loss for e in run.evals]
+            evals = [e for e in run.evals if e.eval_loss is not None]
+            if evals:
+                points = [e.step for e in evals], [e.eval_loss for e in evals]
                 loss.plot(*points, marker="D", linestyle="none", color=line["color"], label=words("val_part", run=run.label))
             rate.plot(*_thinned(steps, [s.lr for s in run.steps]), **line)
         loss.set_ylabel(words("axis_loss"))

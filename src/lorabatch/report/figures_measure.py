@@ -61,15 +61,15 @@ def roofline_plots(words: Words, runs: Sequence[Run]) -> list[Plot]:
 
 def sweep_plots(words: Words, bench: Bench, number: int) -> list[Plot]:
     """Points with the interval of their median; no line joins levels that were not measured but the dotted proportional one."""
-    points = [(p[bench.sweep], p["tokens_per_s"]) for p in bench.points if p["tokens_per_s"]["median"] is not None]
+    points = [(p[bench.sweep], p["tokens_per_s"]) for p in bench.points if p["tokens_per_s"].get("median") is not None]
     if not points:
         return []
-    weak = [(p[bench.sweep], e) for p in bench.points if (e := p.get("weak_tokens_per_s")) and e["median"] is not None]
+    weak = [(p[bench.sweep], e) for p in bench.points if (e := p.get("weak_tokens_per_s")) and e.get("median") is not None]
     with canvas(words, height=3.0) as (figure, (panel,)):
         levels, medians = [level for level, _ in points], [estimate["median"] for _, estimate in points]
         for estimates, colour in ((points, COLOURS[0]), (weak, COLOURS[1])):
             for level, estimate in estimates:
-                if estimate["low"] is not None:
+                if None not in (estimate.get("low"), estimate.get("high")):
                     panel.plot([level, level], [estimate["low"], estimate["high"]], "_-", color=colour, markersize=12)
         panel.plot(levels, medians, "o", color=COLOURS[0], label=bench.label)
         panel.plot(levels, [medians[0] * level / levels[0] for level in levels], ":", color=INK, linewidth=1, label=words("axis_ideal"))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lorabatch.errors import visible
 from lorabatch.measure.statistics import PERCENTILES
 from lorabatch.report.blocks import Cell, Mono, Table
 from lorabatch.report.load import Bench, InferRun, Run, TrainRun
@@ -105,7 +106,7 @@ def overview(words: Words, runs: Sequence[Run]) -> Table:
         (words("host"), lambda run: shown(run.environment.get("host"))),
         (words("started"), lambda run: moment(run, "started_at")),
         (words("finished"), lambda run: moment(run, "finished_at")),
-        (words("folder"), lambda run: Mono(str(run.path))),
+        (words("folder"), lambda run: Mono(visible(str(run.path)))),
     ]
     return run_table(words, runs, rows, numeric=False)
 
@@ -197,9 +198,10 @@ def training(words: Words, runs: Sequence[TrainRun]) -> Table:
         """Measured where an epoch was completed, else what one takes at the run's own rate, and said to be so."""
         measured, spent, steps = (run.metric(name) for name in ("epoch_s", "train_s", "steps"))
         documents = ((run.record.get("data") or {}).get("train") or {}).get("documents")
-        if measured is not None or not spent or not steps or not documents:
+        per_step = (run.config.get("batch_size") or 0) * (run.config.get("grad_accum_steps") or 0)
+        if measured is not None or not spent or not steps or not documents or not per_step:
             return words.quantity(measured, "s")
-        whole = math.ceil(documents / (run.config["batch_size"] * run.config["grad_accum_steps"])) * spent / steps
+        whole = math.ceil(documents / per_step) * spent / steps
         return words("epoch_estimate", time=words.quantity(whole, "s"))
 
     rows = metric_rows(words, TRAIN_METRICS)
@@ -286,17 +288,17 @@ def sweep(words: Words, bench: Bench) -> list[Table]:
     """Medians with their intervals; for threads what Karp and Flatt make of them, and a table of work that grows with the threads."""
 
     def table(metric: str, head: str, last: Callable[[dict[str, Any]], list[Cell]], *heads: str) -> Table:
-        first = bench.points[0][metric]["median"]
+        first = bench.points[0][metric].get("median")
         rows: list[list[Cell]] = []
         for point in bench.points:
-            rate, low, high = point[metric]["median"], point[metric].get("low"), point[metric].get("high")
+            rate, low, high = point[metric].get("median"), point[metric].get("low"), point[metric].get("high")
             interval = words("not_applicable") if low is None or high is None else f"{words.number(low)} … {words.number(high)}"
             times = words("not_applicable") if rate is None or not first else words.number(rate / first)
             rows.append([words.number(point[bench.sweep]), words.quantity(rate, "tokens/s"), interval, times, *last(point)])
         return Table([words(f"level_{bench.sweep}"), words(head), words("sweep_interval"), words("sweep_speedup"), *heads], rows)
 
     def duration(point: dict[str, Any]) -> list[Cell]:
-        of = next((point[name]["median"] for name in ("batch_latency_ms", "step_ms") if point.get(name)), None)
+        of = next((point[name].get("median") for name in ("batch_latency_ms", "step_ms") if point.get(name)), None)
         return [words.quantity(of, "ms")]
 
     serial = bench.record.get("karp_flatt") or {}

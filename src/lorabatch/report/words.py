@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lorabatch.report.text import REASONS, TEXT
+from lorabatch.schema import is_number
 
 LANGUAGES = ("en", "pt")
 DECIMALS = {"nats/token": 4, "bits/byte": 4, "%": 1}
@@ -21,7 +22,7 @@ class Words:
 
     def number(self, value: float | None, decimals: int | None = None) -> str:
         """Three significant digits, whole numbers whole, unless ``decimals`` says otherwise."""
-        if value is None:
+        if value is None or not is_number(value):
             return self("not_measured")
         if decimals is None:
             magnitude = math.floor(math.log10(abs(value))) if value else 2
@@ -31,7 +32,7 @@ class Words:
 
     def quantity(self, value: float | None, unit: str) -> str:
         """A number with its unit; bytes become KiB, MiB or GiB, shares per cent, rates of bytes and flop SI units."""
-        if value is None:
+        if value is None or not is_number(value):
             return self("not_measured")
         if unit == "share":
             value, unit = 100 * value, "%"

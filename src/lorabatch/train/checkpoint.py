@@ -12,7 +12,6 @@ step (and the rank), so every rank's generators are known from the counters.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -25,7 +24,8 @@ from typing import Any
 from torch import Tensor
 
 from lorabatch.errors import DataError, UnavailableError, UsageError
-from lorabatch.records import SCHEMA_VERSION, dumps, read_json
+from lorabatch.records import read_json
+from lorabatch.schema import SCHEMA_VERSION, NewerRecord, dumps, parsed
 
 TENSORS_FILE, STATE_FILE, COMPLETE_FILE = "state.safetensors", "state.json", "COMPLETE"
 
@@ -105,13 +105,13 @@ def discard_after(folder: Path, step: int) -> None:
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint whose files have the sizes and SHA-256 of its COMPLETE mark; DataError otherwise."""
-    from safetensors.torch import load as parse
-
     fix = "use an older checkpoint"
     if not (path / COMPLETE_FILE).exists():
         raise DataError(f"not a complete checkpoint (no {COMPLETE_FILE})", where=path, fix=fix)
     content = {}
-    for name, expected in read_json(path / COMPLETE_FILE).items():
+    for name, expected in read_json(path / COMPLETE_FILE, fix=fix).items():
+        if name not in (TENSORS_FILE, STATE_FILE):
+            raise DataError("does not name the files of a checkpoint", where=path / COMPLETE_FILE, fix=fix)
         try:
             content[name] = (path / name).read_bytes()
         except OSError as error:
@@ -120,9 +120,22 @@ def load(path: Path) -> Checkpoint:
             raise DataError(f"has {len(content[name])} of {expected['bytes']} bytes", where=path / name, fix=fix)
         if _sha256(content[name]) != expected["sha256"]:
             raise DataError("does not have the SHA-256 it was written with", where=path / name, fix=fix)
-    if set(content) != {TENSORS_FILE, STATE_FILE}:
-        raise DataError("does not name the files of a checkpoint", where=path / COMPLETE_FILE, fix=fix)
-    return Checkpoint(path, json.loads(content[STATE_FILE]), parse(content[TENSORS_FILE]))
+    state = parsed(content[STATE_FILE], STATE_FILE, path / STATE_FILE, fix=fix)
+    return Checkpoint(path, state, _tensors(content[TENSORS_FILE], path / TENSORS_FILE, fix))
+
+
+def _tensors(content: bytes, where: Path, fix: str) -> dict[str, Tensor]:
+    """Those of ``Learner.tensors``; DataError if they are not of one run."""
+    from safetensors.torch import load as parse
+
+    try:
+        found: dict[str, Tensor] = parse(content)
+    except Exception as error:  # it raises its own classes
+        raise DataError(f"not a readable safetensors file ({error})", where=where, fix=fix) from None
+    like = [name for name in found if name not in ("step_ms", "adam.step")]
+    if not {"adapters", "step_ms"} <= found.keys() or len({found[name].shape for name in like}) != 1:
+        raise DataError("does not hold the tensors of one checkpoint", where=where, fix=fix)
+    return found
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -131,6 +144,8 @@ def newest(folder: Path) -> Checkpoint | None:
     for path in reversed(found):
         try:
             return load(path)
+        except NewerRecord:  # an older checkpoint would silently lose what was done since
+            raise
         except DataError as error:
             print(f"warning: skipped a damaged checkpoint: {error}", file=sys.stderr)
     if found:
@@ -154,10 +169,11 @@ def find(resume: str, save_dir: Path) -> Checkpoint | None:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``["lr 0.0002 -> 0.001"]``: entries that differ between two flat records; long values are shortened."""
 
-    def shown(value: object) -> str:
-        return text if len(text := str(value)) <= 24 else f"{text[:12]}…"
+    def shown(record: Mapping[str, Any], name: str) -> str:
+        text = str(record.get(name, "not recorded"))
+        return text if len(text) <= 24 else f"{text[:12]}…"
 
-    return [f"{k} {shown(saved.get(k))} -> {shown(now.get(k))}" for k in sorted({*saved, *now}) if saved.get(k) != now.get(k)]
+    return [f"{k} {shown(saved, k)} -> {shown(now, k)}" for k in sorted({*saved, *now}) if saved.get(k) != now.get(k)]
 
 
 def _sha256(content: bytes) -> str:

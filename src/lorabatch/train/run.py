@@ -138,6 +138,7 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
     config, source, ranks = work.config, work.source, work.ranks
     with SystemSampler(work.folder / "system.jsonl") as sampler:
         phases = Phases()
+        from lorabatch.measure.machine import processor
         from lorabatch.model import load
         from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads, keep_freed_memory
         from lorabatch.model.spec import spec_from_config
@@ -184,6 +185,7 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
             "dtype": TYPE_NAMES[dtype],
             "threads": threads,
             "backend": model.backend,
+            "kernel_variant": processor(device)["kernel_variant"] if model.backend == "native" else None,
             "ranks": ranks.count,
             "gpu": gpu_description(),
             "block_tokens": planned[0] if planned else config.block_tokens,
@@ -191,6 +193,7 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
         }
         size = f"{model.num_base_params / 1e6:.1f}M parameters in {model.base_bytes / 2**20:.1f} MiB"
         where = f"{machine['dtype']} on {device}, {threads} threads" + (f" x {ranks.count} ranks" if ranks.count > 1 else "")
+        where += f", {machine['kernel_variant']} kernels" if machine["kernel_variant"] else ""
         share = f"trainable {trainable:,} ({100 * trainable / (trainable + model.num_base_params):.2f} %)"
         print(f"base {source.name} ({size}, {where}); {share}" + (f" in {len(jobs)} runs" if config.jobs else ""))
         for job in jobs:

@@ -51,6 +51,7 @@ def identity_of(
     }
     device = machine["device"].split(":")[0]
     circumstances = {"threads": machine["threads"], "ranks": machine["ranks"], "device": device, "cpu": here["cpu"]}
+    circumstances |= {"kernels": machine["kernel_variant"] or "none"}
     return {"settings": config.fixed(), "content": content, "circumstances": circumstances | here["packages"]}
 
 

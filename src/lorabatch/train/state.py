@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,12 @@ class TrainState:
     best_weights: Tensor | None = None  # the flat adapter of the best evaluation, on the CPU
     evals_without_gain: int = 0
     reason: str = "finished"
+
+
+def _evaluation(record: Mapping[str, Any]) -> EvalResult:
+    """As a checkpoint has it; JSON knows no NaN, so the loss of an evaluation that diverged is null there."""
+    values = {f.name: record[f.name] for f in dataclasses.fields(EvalResult)}
+    return EvalResult(**values | {"loss": math.nan if values["loss"] is None else values["loss"]})
 
 
 class Learner:
@@ -115,8 +122,9 @@ class Learner:
                 fix="use the base model, rank and targets of the run that saved it",
             )
         self.adapters.flat.data.copy_(tensors["adapters"])
-        counters = dict(record["counters"])
-        counters |= {name: EvalResult(**counters[name]) for name in EVALS if counters[name] is not None}
+        known = {f.name for f in dataclasses.fields(TrainState)}
+        counters = {name: value for name, value in record["counters"].items() if name in known}
+        counters |= {name: _evaluation(counters[name]) for name in EVALS if counters.get(name) is not None}
         self.state = TrainState(**counters, step_ms=tensors["step_ms"].tolist(), best_weights=tensors.get("best_adapters"))
         self.state.reason = "finished"
         if self.scaler and record["scaler"]:
