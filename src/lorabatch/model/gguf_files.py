@@ -167,8 +167,8 @@ def write_converted(path: Path, folder: Path) -> None:
             spec = spec_from_config(config)
             if spec is not None:
                 check_tensors(header, spec)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **read)
-            model = from_pretrained(path.parent, torch.float32, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, config=config, **read)
+            model = from_pretrained(path.parent, torch.float32, config=config, gguf_file=path.name)
     config = model.config.to_dict()
     config.pop("quantization_config", None)  # the weights are no longer quantised
     write_json(folder / "config.json", config | {"dtype": "float32", "architectures": [type(model).__name__]})

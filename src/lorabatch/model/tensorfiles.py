@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lorabatch.errors import DataError, LorabatchError, UnavailableError
@@ -53,7 +52,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def is_finite(tensor: Tensor) -> bool:
     """One pass without a copy: the sum over a value that is not finite is none either, and hardly any other."""
-    return tensor.is_meta or math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())
+    return tensor.is_meta or math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
