@@ -48,8 +48,8 @@ def output_line(records: Sequence[Mapping[str, Any]], *, model: str, created: in
     """The output line of one prompt from its completions, in order of their samples; its model is the adapter, where one was chosen."""
     first = records[0]
     line = {"id": f"batch_req_{first['key']}", "custom_id": first["id"], "response": None, "error": None}
-    if first["error"]:
-        return line | {"error": {"code": "invalid_request", "message": first["error"]}}
+    if error := next((r["error"] for r in records if r["error"]), None):
+        return line | {"error": {"code": "invalid_request", "message": error}}
     tokens_in, tokens_out = first["input_tokens"], sum(r["output_tokens"] for r in records)
     body = {
         "id": ("chatcmpl-" if first["chat"] else "cmpl-") + first["key"],

@@ -28,6 +28,13 @@ KINDS = {"int": int, "int | None": int, "float": float, "bool": bool}
 PARAM_TYPES = {f.name: KINDS[str(f.type)] for f in fields(SamplingParams) if str(f.type) in KINDS}
 LIST_TYPES: dict[str, type] = {"stop": str, "stop_token_ids": int}
 ROW_FIELDS = ("id", "prompt", "question", "messages", "adapter", *PARAM_TYPES, *LIST_TYPES)
+CHECK_EVERY = 1024  # prompts
+
+
+class ChangedError(LorabatchError):
+    """The input changed under a run that had begun: no DataError, which would leave an earlier run's record as it was."""
+
+    exit_code = 65
 
 
 class PromptFile:
@@ -41,6 +48,7 @@ class PromptFile:
     def __init__(self, path: Path, config: InferConfig) -> None:
         """Raises DataError for what is wrong with the file as a whole."""
         check_file(path)
+        self._state = path.stat()
         if path.suffix.lower() not in (".txt", ".jsonl"):
             raise DataError(f"unknown kind of file '{path.suffix}'", where=path, fix="give .txt (one prompt a line) or .jsonl")
         self._path, self._config = path, config
@@ -49,6 +57,7 @@ class PromptFile:
         self._defaults = SamplingParams(**{f.name: getattr(config, f.name) for f in fields(SamplingParams)})
         self.ignored: set[str] = set()
         self.longest_bytes = self.most_new_tokens = 0
+        self._length: int | None = None  # not known yet
         digests = array("Q")
         self.indices = array("q")  # of each request: the place of its prompt, rising
         self.adapter_rows = array("h")  # of each request, -1 for the base
@@ -61,6 +70,7 @@ class PromptFile:
         if not digests:
             raise DataError("no prompts in it", where=path, fix="give a file with at least one prompt")
         self.id_digests = np.frombuffer(digests, dtype=np.uint64)  # [requests]
+        self._length = len(digests)
         self._check_ids()
 
     def __len__(self) -> int:
@@ -69,12 +79,26 @@ class PromptFile:
     def __iter__(self) -> Iterator[Request]:
         position = 0
         for index, request in islice(enumerate(self._prompts()), *self._range):
+            if index % CHECK_EVERY == 0 or position == self._length:
+                self.check_unchanged()
             request.index = index
             for sample in range(request.params.n):
                 one = request.restarted()
                 one.sample, one.position = sample, position
                 yield one
                 position += 1
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """ChangedError if the file is not the one that was checked: it is read again while requests run."""
+        known, fields = self._state, ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+        try:
+            seen = self._path.stat()
+        except OSError:
+            seen = None
+        if seen is None or any(getattr(seen, f) != getattr(known, f) for f in fields):
+            fix = "leave it alone until the end; --resume goes on if the finished prompts are still the same"
+            raise ChangedError("changed, replaced or removed during the run", where=self._path, fix=fix)
 
     def _prompts(self) -> Iterator[Request]:
         if self._path.suffix.lower() == ".txt":
