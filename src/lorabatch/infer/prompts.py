@@ -107,17 +107,18 @@ class PromptFile:
                 yield Request(str(index), index, prompt, self._params(index))
         else:
             for index, (where, row) in enumerate(jsonl_rows(self._path)):
+                error = None
                 if openai_batch.is_line(row):
-                    row = openai_batch.as_row(row, where, adapters=self.adapters.folders)
-                self.ignored |= row.keys() - set(ROW_FIELDS) - {"error"}
-                yield self._from_row(row, index, where)
+                    row, error = openai_batch.as_row(row, where, adapters=self.adapters.folders)
+                self.ignored |= row.keys() - set(ROW_FIELDS)
+                yield self._from_row(row, index, where, error)
 
     def _params(self, index: int) -> SamplingParams:
         return replace(self._defaults, seed=self._defaults.seed + index)
 
-    def _from_row(self, row: Mapping[str, Any], index: int, where: str) -> Request:
+    def _from_row(self, row: Mapping[str, Any], index: int, where: str, error: str | None) -> Request:
         id = str(index if row.get("id") is None else row["id"]).encode(errors="replace").decode()
-        request = Request(id, index, "", self._params(index), error=row.get("error"))
+        request = Request(id, index, "", self._params(index), error=error)
         name = next((n for n in ("prompt", "question", "messages") if n in row), None)
         if name is None and request.error is None:
             raise DataError("no 'prompt', 'question' or 'messages'", where=where, fix=nearest("prompt", row) if row else "add a prompt")
@@ -130,8 +131,8 @@ class PromptFile:
             request.params = _row_params(row, request.params)
             request.adapter = None if row.get("adapter") is None else _typed(row, "adapter", str)
             request.adapter_row = self.adapters.row(request.adapter)
-        except LorabatchError as error:
-            request.error = request.error or str(error)
+        except LorabatchError as refused:
+            request.error = request.error or str(refused)
         return request
 
     def _check_ids(self) -> None:
@@ -182,7 +183,10 @@ def _row_params(row: Mapping[str, Any], params: SamplingParams) -> SamplingParam
         value, kind = row[name], PARAM_TYPES[name]
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float)) or (kind is int and value % 1 != 0):
             raise DataError(f"{name} is {value!r}, not of type {kind.__name__}")
-        changes[name] = kind(value)
+        try:
+            changes[name] = kind(value)
+        except OverflowError:  # a whole number beyond the largest float
+            raise DataError(f"{name} is too large") from None
     for name in row.keys() & LIST_TYPES.keys():
         kind, values = LIST_TYPES[name], row[name] if isinstance(row[name], list) else [row[name]]
         if not all(isinstance(v, kind) and not isinstance(v, bool) and v != "" for v in values):
