@@ -173,8 +173,7 @@ def _infer(
         completions = run.path / "completions.jsonl"
         tally = sink.finished_earlier(completions, prompts, loaded.work_key, retry_failed=config.retry_failed)
         passes: list[metrics.Pass] = []
-        with run.jsonl(completions.name) as writer:
-            file = sink.Completions(writer)
+        with run.jsonl(completions.name) as writer, sink.Completions(writer) as file:
             work = Work(prompts, kept, config, tally, file)
             for model, mask in _turns(loaded, config, prompts, tally.done) if 0 in tally.done else ():
                 phases.end("load")
@@ -184,7 +183,6 @@ def _infer(
                 if signals:
                     break
             work.progress.close()
-            file.close()
     prompts.check_unchanged()
     tally.warn()
     if config.output_order == "input":

@@ -120,13 +120,17 @@ class Completions:
         self._checksum = _checksum(self._file, self._checksum)  # goes on behind what it read last
         self._state = os.fstat(self._file.fileno())
 
-    def close(self) -> None:
+    def __enter__(self) -> Completions:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Read the whole file once more: a change may leave its size as it was."""
         with self._file:
-            self._check(self._seen())
-            self._file.seek(0)
-            if _checksum(self._file) != self._checksum:
-                self._check(None)
+            if kind is None:
+                self._check(self._seen())
+                self._file.seek(0)
+                if _checksum(self._file) != self._checksum:
+                    self._check(None)
 
     def _seen(self) -> os.stat_result | None:
         try:
