@@ -242,6 +242,8 @@ def test_other_mistakes_before_training(tiny_llama_dir, corpus, tmp_path, capsys
         (b'{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}\n', "occurs twice"),
         (b"{\n", "not valid JSON"),
         (b'{"promt": "a"}\n', "did you mean 'promt'"),
+        (b'{"prompt": "a"}\n{"prompt": "b", "seed": 1, "seed": 2}\n', "p.jsonl:2: not valid JSON (the key 'seed' is there twice)"),
+        (b'{"custom_id": "a", "body": {"prompt": "x", "n": 1, "n": 2}}\n', "p.jsonl:1: not valid JSON (the key 'n' is there twice)"),
     ],
 )
 def test_bad_prompt_files(content, words, tiny_llama_dir, tmp_path, capsys):

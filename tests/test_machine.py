@@ -65,6 +65,7 @@ def test_an_unwritable_cache_costs_a_measurement_not_the_run(own_cache, monkeypa
 
 
 def test_bench_machine(own_cache, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "disturbed", lambda share: False)  # whatever else the machine does
     monkeypatch.setattr(machine, "bandwidth", lambda device, seconds: {"read_bytes_per_s": 2e10, "copy_bytes_per_s": 3e10})
     path = own_cache / "machine.json"
     assert main(["bench", "machine", "--seconds", "0.002", "--no_cuda", "--output", str(path), "--threads", "1"]) == 0

@@ -120,6 +120,8 @@ def test_blank_lines_count_but_hold_nothing(make, newline):
         ("{broken", "not valid JSON"),
         ('{"a":' * 100_000, "not valid JSON"),  # deeper than Python recurses
         ('{"text": "a"} extra', "not valid JSON"),
+        ('{"text": "a", "id": 1, "text": "b"}', "not valid JSON .the key 'text' is there twice"),
+        ('{"messages": [{"role": "user", "role": "assistant", "content": "u"}]}', "the key 'role' is there twice"),
         ('["text"]', "not a JSON object"),
         ('"text"', "not a JSON object"),
         ('{"txt": "a", "id": 1}', r"no 'text', prompt \+ completion, .* \(fields: txt, id\)"),
@@ -190,6 +192,25 @@ def test_csv_mistakes_are_reported(make):
         read_documents(make("a.csv", "text\nol\u00e1\n".encode("latin-1")))
     with pytest.raises(DataError, match=r"a.csv:3: binary content"):
         read_documents(make("a.csv", b"text\nx\ny\0z\n"))
+
+
+def test_no_cell_of_a_table_is_lost_without_a_word(make, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    for content, line, words in (
+        ("text\nfever, cough\n", 2, "2 cells where the header names 1; put text that holds commas between quotes"),
+        ('text,id\n\nx,1\n\n"two\nlines",2,3\n', 6, "3 cells where the header names 2"),
+        ("text,id\nx,1\ny\n", 3, "1 cells where the header names 2"),
+        ("text,id,text\nx,1,y\n", 1, "the column 'text' is there twice"),
+        ("\n\ntext,,\nx,1,2\n", 3, "the column '' is there twice"),
+    ):
+        with pytest.raises(DataError, match=rf"a.csv:{line}: {words}"):
+            read_documents(make("a.csv", content))
+    column = pyarrow.array(["a"])
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"not a readable parquet file .*Multiple matches for .*text"):
+        read_documents(tmp_path / "a.parquet")
 
 
 def test_csv_cells_may_be_long(make):

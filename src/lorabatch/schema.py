@@ -220,7 +220,7 @@ KINDS: dict[str, Kind] = {
             **dict.fromkeys(
                 (*(f"{t}_{end}" for t in TYPES for end in ("flops_per_s", "cold_flops_per_s")), "read_bytes_per_s"), Maybe(NUMBER)
             ),
-            "measurements": Maybe({"*": COUNT}),
+            "measurements": Maybe({"*": NUMBER}),
             "waited_shares": Maybe({"*": Maybe(NUMBER)}),
         }
     ),

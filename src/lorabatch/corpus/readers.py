@@ -10,7 +10,7 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:  # the second: nested a thousand deep
             raise DataError(f"not valid JSON ({error})", where=where, fix="mend or remove the line") from None
         if not isinstance(row, dict):
@@ -128,15 +128,39 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that is there twice Python would keep the last value and lose the others without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key '{_first_twice([k for k, _ in pairs])}' is there twice")
+    return found
+
+
+def _first_twice(names: Sequence[str]) -> str:
+    return next(n for i, n in enumerate(names) if n in names[:i])
+
+
 def _csv_documents(path: Path, text_field: str) -> list[Document]:
     """The standard reader, because every cell is text: a table library would turn "NA" into a missing value and 007 into 7."""
     try:
         csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB that the reader takes for a missing quote
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-        rows = [(f"{path}:{reader.line_num}", {k: v for k, v in row.items() if k is not None}) for row in reader]
+        reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+        rows = [(f"{path}:{reader.line_num}", cells) for cells in reader if cells]
     except csv.Error as error:
         raise DataError(f"not a readable csv file ({error})", where=path, fix="check the quotes") from None
-    return [_from_row(row, where, text_field) for where, row in rows]
+    return [_from_row(row, where, text_field) for where, row in _named(rows)]
+
+
+def _named(rows: list[tuple[str, list[str]]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows with the names of the first. DataError where cells would be lost: a name twice, more or fewer cells than names."""
+    where, header = rows[0] if rows else ("", [])
+    if len(set(header)) < len(header):
+        raise DataError(f"the column '{_first_twice(header)}' is there twice", where=where, fix="rename or remove one of them")
+    for where, cells in rows[1:]:
+        if len(cells) != len(header):
+            what = f"{len(cells)} cells where the header names {len(header)}"
+            raise DataError(what, where=where, fix="put text that holds commas between quotes, or fill the row up")
+        yield where, dict(zip(header, cells, strict=True))
 
 
 def _parquet_documents(path: Path, text_field: str) -> list[Document]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from lorabatch.infer.requests import Request, SamplingParams
+from lorabatch.infer.requests import NOT_FINITE, Request, SamplingParams
 from lorabatch.infer.runner import Runner
 from lorabatch.infer.sampling import choose
 from lorabatch.infer.scheduler import Batch, Copy, Piece, Scheduler
 from lorabatch.infer.speculation import Lookup
 from lorabatch.model.attention import Segment
+from lorabatch.model.functional import NO_TOKEN
 
 STOP_TAIL_TOKENS = 16  # a stop string may begin this many tokens plus its length before the newest one
 
@@ -77,6 +78,7 @@ class Engine:
     ) -> PassStats:
         """Complete all requests, taken from the iterable as slots need them; ``on_finish`` is called with each as it ends.
 
+        Where the model's numbers are not finite a request ends with its ``error``; no other is affected.
         Returns early if a stop is requested. Every request counts as submitted when the pass begins; ``stats`` of an
         earlier part of the same pass are added to.
         """
@@ -105,6 +107,8 @@ class Engine:
     def _copy(self, copies: Iterable[Copy]) -> None:
         for copy in copies:
             self._runner.copy(copy.source, copy.target, copy.length)
+            if copy.clear:
+                self._runner.clear(copy.source)
 
     def _step(self, batch: Batch, stats: PassStats) -> list[list[int]]:
         """One forward pass. For each piece that yields a token: that token and those that its right guesses add."""
@@ -174,6 +178,10 @@ class Engine:
         finished = []
         for request, new in zip((p.request for p in batch.pieces if p.yields_token), tokens, strict=True):
             for token_id in new:
+                if token_id == NO_TOKEN:
+                    self._refuse(request)
+                    finished.append(request)
+                    break
                 request.output_ids.append(token_id)
                 if len(request.output_ids) == 1:
                     request.first_token_s = now
@@ -185,6 +193,11 @@ class Engine:
                     break
             request.cached = request.num_tokens - 1
         return finished
+
+    def _refuse(self, request: Request) -> None:
+        """Masked positions weigh zero, and zero times NaN is NaN: the slot must not keep what it holds."""
+        request.error = f"{NOT_FINITE} after {len(request.output_ids)} tokens; try --dtype fp32, or another adapter or model"
+        self._runner.clear(request.slot)
 
     def _is_done(self, request: Request, token_id: int) -> bool:
         params = request.params

@@ -43,6 +43,9 @@ class KVCache:
     def copy(self, source: int, target: int, length: int) -> None:
         self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]
 
+    def clear(self, slot: int) -> None:
+        self.data[:, :, slot] = 0
+
 
 def pages(length: int) -> int:
     """``length`` rounded up to whole pages."""

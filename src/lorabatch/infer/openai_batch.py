@@ -19,8 +19,8 @@ def is_line(row: Mapping[str, Any]) -> bool:
     return "custom_id" in row and "body" in row
 
 
-def as_row(line: Mapping[str, Any], where: str, *, adapters: Container[str] = ()) -> dict[str, Any]:
-    """A row as ``prompts`` reads it; fields that it does not know keep their names, so that they are listed as ignored.
+def as_row(line: Mapping[str, Any], where: str, *, adapters: Container[str] = ()) -> tuple[dict[str, Any], str | None]:
+    """(a row as ``prompts`` reads it, what is wrong with it); fields that it does not know keep their names, so that they are listed as ignored.
 
     ``model`` chooses the adapter of that name; any other name means the base, as where there are no adapters.
     Parameters that the body leaves out take the run's flags, not OpenAI's defaults.
@@ -28,7 +28,8 @@ def as_row(line: Mapping[str, Any], where: str, *, adapters: Container[str] = ()
     if not isinstance(line["body"], dict):
         raise DataError("'body' is not an object", where=where, fix="mend the line")
     given: dict[str, Any] = line["body"]
-    body = {NAMES.get(k, k): v for k, v in given.items() if v is not None}  # clients write null for "not set"
+    given = {k: v for k, v in given.items() if v is not None}  # clients write null for "not set"
+    body = {NAMES.get(k, k): v for k, v in given.items()}
     if isinstance(body.get("logprobs"), bool):  # chat: a switch and a number; completions: one number
         wanted, top = body.pop("logprobs"), body.pop("top_logprobs", 0)
         body |= {"logprobs": top} if wanted else {}
@@ -36,20 +37,23 @@ def as_row(line: Mapping[str, Any], where: str, *, adapters: Container[str] = ()
         body["adapter"] = body.pop("model")
     elif adapters and "model" in body:
         body[f"model '{body.pop('model')}' (none of --adapters: the base answers)"] = None
-    row: dict[str, Any] = {"id": line["custom_id"], **body}
+    row = body | {"id": line["custom_id"]}
+    error = None
     if line.get("url") not in (None, *URLS):
-        row["error"] = f"url '{line['url']}' is not one of {', '.join(URLS)}"
+        error = f"url '{line['url']}' is not one of {', '.join(URLS)}"
     elif "prompt" not in row and "messages" not in row:
-        row["error"] = "the body has neither 'messages' nor 'prompt'"
-    return row
+        error = "the body has neither 'messages' nor 'prompt'"
+    elif any(given[k] != body[name] for k, name in NAMES.items() if k in given):
+        error = f"more than one of {', '.join(NAMES)} is given"
+    return row, error
 
 
 def output_line(records: Sequence[Mapping[str, Any]], *, model: str, created: int, adapters: Container[str] = ()) -> dict[str, Any]:
     """The output line of one prompt from its completions, in order of their samples; its model is the adapter, where one was chosen."""
     first = records[0]
     line = {"id": f"batch_req_{first['key']}", "custom_id": first["id"], "response": None, "error": None}
-    if first["error"]:
-        return line | {"error": {"code": "invalid_request", "message": first["error"]}}
+    if error := next((r["error"] for r in records if r["error"]), None):
+        return line | {"error": {"code": "invalid_request", "message": error}}
     tokens_in, tokens_out = first["input_tokens"], sum(r["output_tokens"] for r in records)
     body = {
         "id": ("chatcmpl-" if first["chat"] else "cmpl-") + first["key"],

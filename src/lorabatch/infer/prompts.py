@@ -29,6 +29,13 @@ KINDS = {"int": int, "int | None": int, "float": float, "bool": bool}
 PARAM_TYPES = {f.name: KINDS[str(f.type)] for f in fields(SamplingParams) if str(f.type) in KINDS}
 LIST_TYPES: dict[str, type] = {"stop": str, "stop_token_ids": int}
 ROW_FIELDS = ("id", "prompt", "question", "messages", "adapter", *PARAM_TYPES, *LIST_TYPES)
+CHECK_EVERY = 1024  # prompts
+
+
+class ChangedError(LorabatchError):
+    """The input changed under a run that had begun: no DataError, which would leave an earlier run's record as it was."""
+
+    exit_code = 65
 
 
 class PromptFile:
@@ -42,6 +49,7 @@ class PromptFile:
     def __init__(self, path: Path, config: InferConfig) -> None:
         """Raises DataError for what is wrong with the file as a whole."""
         check_file(path)
+        self._state = path.stat()
         if path.suffix.lower() not in (".txt", ".jsonl"):
             raise DataError(f"unknown kind of file '{path.suffix}'", where=path, fix="give .txt (one prompt a line) or .jsonl")
         self._path, self._config = path, config
@@ -50,6 +58,7 @@ class PromptFile:
         self._defaults = SamplingParams(**{f.name: getattr(config, f.name) for f in fields(SamplingParams)})
         self.ignored: set[str] = set()
         self.longest_bytes = self.most_new_tokens = 0
+        self._length: int | None = None  # not known yet
         digests = array("Q")
         self.indices = array("q")  # of each request: the place of its prompt, rising
         self.adapter_rows = array("h")  # of each request, -1 for the base
@@ -62,6 +71,7 @@ class PromptFile:
         if not digests:
             raise DataError("no prompts in it", where=path, fix="give a file with at least one prompt")
         self.id_digests = np.frombuffer(digests, dtype=np.uint64)  # [requests]
+        self._length = len(digests)
         self._check_ids()
 
     def __len__(self) -> int:
@@ -70,12 +80,26 @@ class PromptFile:
     def __iter__(self) -> Iterator[Request]:
         position = 0
         for index, request in islice(enumerate(self._prompts()), *self._range):
+            if index % CHECK_EVERY == 0 or position == self._length:
+                self.check_unchanged()
             request.index = index
             for sample in range(request.params.n):
                 one = request.restarted()
                 one.sample, one.position = sample, position
                 yield one
                 position += 1
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """ChangedError if the file is not the one that was checked: it is read again while requests run."""
+        known, fields = self._state, ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+        try:
+            seen = self._path.stat()
+        except OSError:
+            seen = None
+        if seen is None or any(getattr(seen, f) != getattr(known, f) for f in fields):
+            fix = "leave it alone until the end; --resume goes on if the finished prompts are still the same"
+            raise ChangedError("changed, replaced or removed during the run", where=self._path, fix=fix)
 
     def _prompts(self) -> Iterator[Request]:
         if self._path.suffix.lower() == ".txt":
@@ -84,17 +108,18 @@ class PromptFile:
                 yield Request(str(index), index, prompt, self._params(index))
         else:
             for index, (where, row) in enumerate(jsonl_rows(self._path)):
+                error = None
                 if openai_batch.is_line(row):
-                    row = openai_batch.as_row(row, where, adapters=self.adapters.folders)
-                self.ignored |= row.keys() - set(ROW_FIELDS) - {"error"}
-                yield self._from_row(row, index, where)
+                    row, error = openai_batch.as_row(row, where, adapters=self.adapters.folders)
+                self.ignored |= row.keys() - set(ROW_FIELDS)
+                yield self._from_row(row, index, where, error)
 
     def _params(self, index: int) -> SamplingParams:
         return replace(self._defaults, seed=self._defaults.seed + index)
 
-    def _from_row(self, row: Mapping[str, Any], index: int, where: str) -> Request:
+    def _from_row(self, row: Mapping[str, Any], index: int, where: str, error: str | None) -> Request:
         id = str(index if row.get("id") is None else row["id"]).encode(errors="replace").decode()
-        request = Request(id, index, "", self._params(index), error=row.get("error"))
+        request = Request(id, index, "", self._params(index), error=error)
         name = next((n for n in ("prompt", "question", "messages") if n in row), None)
         if name is None and request.error is None:
             raise DataError("no 'prompt', 'question' or 'messages'", where=where, fix=nearest("prompt", row) if row else "add a prompt")
@@ -107,8 +132,8 @@ class PromptFile:
             request.params = _row_params(row, request.params)
             request.adapter = None if row.get("adapter") is None else _typed(row, "adapter", str)
             request.adapter_row = self.adapters.row(request.adapter)
-        except LorabatchError as error:
-            request.error = request.error or str(error)
+        except LorabatchError as refused:
+            request.error = request.error or str(refused)
         return request
 
     def _check_ids(self) -> None:
@@ -159,7 +184,10 @@ def _row_params(row: Mapping[str, Any], params: SamplingParams) -> SamplingParam
         value, kind = row[name], PARAM_TYPES[name]
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float)) or (kind is int and value % 1 != 0):
             raise DataError(f"{name} is {value!r}, not of type {kind.__name__}")
-        changes[name] = kind(value)
+        try:
+            changes[name] = kind(value)
+        except OverflowError:  # a whole number beyond the largest float
+            raise DataError(f"{name} is too large") from None
     for name in row.keys() & LIST_TYPES.keys():
         kind, values = LIST_TYPES[name], row[name] if isinstance(row[name], list) else [row[name]]
         if not all(isinstance(v, kind) and not isinstance(v, bool) and v != "" for v in values):

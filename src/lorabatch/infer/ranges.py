@@ -21,7 +21,8 @@ from lorabatch.config import InferConfig
 from lorabatch.errors import LorabatchError
 from lorabatch.infer.adapters import AdapterNames
 from lorabatch.infer.prompts import PromptFile
-from lorabatch.infer.run import Kept, load, run_inference
+from lorabatch.infer.run import load, run_inference
+from lorabatch.infer.work import Kept
 from lorabatch.records import read_jsonl, replacing
 from lorabatch.schema import sealed
 from lorabatch.settings import typed_values

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
+NOT_FINITE = "the model's numbers are not finite"
+
 
 @dataclass(frozen=True)
 class SamplingParams:

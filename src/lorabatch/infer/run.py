@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +15,16 @@ from lorabatch.config import InferConfig
 from lorabatch.errors import DataError, InterruptedRun, UnavailableError, UsageError
 from lorabatch.infer.adapters import merged_adapter
 from lorabatch.infer.prompts import PromptFile
-from lorabatch.infer.requests import Request, completion_record
+from lorabatch.infer.work import Kept, Loaded, Work
 from lorabatch.measure.environment import environment, gpu_description
 from lorabatch.measure.system import SystemSampler
-from lorabatch.progress import Phases, Progress
-from lorabatch.records import JsonlWriter, RunFolder, replacing, write_json
+from lorabatch.progress import Phases
+from lorabatch.records import RunFolder, replacing, write_json
 from lorabatch.signals import StopSignals
 
 if TYPE_CHECKING:
     from lorabatch.infer.adapters import AdapterNames
-    from lorabatch.infer.feed import Feed
-    from lorabatch.infer.metrics import Latencies, Pass
-    from lorabatch.infer.session import Session
+    from lorabatch.infer.sink import Tally
     from lorabatch.model.lora import LoraWeights
 
 
@@ -67,48 +64,24 @@ def run_inference(config: InferConfig, command: list[str], kept: Kept | None = N
     )
     try:
         with StopSignals() as signals:
-            failed, total = _infer(run, config, source, prompts, phases, signals, kept)
+            tally = _infer(run, config, source, prompts, phases, signals, kept)
             if signals.received:
                 raise InterruptedRun(
                     f"stopped by {signals.received.name}; finished requests are saved",
                     where=output_dir,
                     fix="run the same command with --resume and this --output_dir to go on",
                 )
-        run.finish("failed" if failed == total else "completed", failed=failed)
+        counts = {"failed": tally.failed, "not_finite": tally.not_finite, "empty": tally.empty}
+        run.finish("completed" if tally.completed else "failed", **counts)
     except BaseException as error:
         run.end_with(error)
         raise
-    if failed == total:
-        raise DataError(f"all {total} requests failed", where=output_dir / "completions.jsonl", fix="see the 'error' of its lines")
+    if not tally.completed:
+        raise DataError(f"all {tally.failed} requests failed", where=output_dir / "completions.jsonl", fix="see the 'error' of its lines")
     return 0
 
 
-@dataclass
-class _Loaded:
-    """Everything that stands between the prompts and the engine."""
-
-    model: Any
-    tokenizer: Any
-    eos_ids: frozenset[int]
-    adapter: str | None
-    bank: tuple[LoraWeights, ...]  # of --adapters, in their order; empty if they are merged
-    bank_bytes: int  # of the bank in the type of the run
-    merged: Callable[[Path], Any]  # the model with the adapter of a folder merged in
-    work_key: str  # what, besides a request itself, its completion depends on
-    limit: int  # positions of prompt and completion together
-    facts: dict[str, Any]  # what run.json says of it
-
-
-@dataclass
-class Kept:
-    """What a process that completes one range of prompts after another has from the first one on; ``lasting`` in such a process."""
-
-    loaded: _Loaded
-    session: Session | None = None
-    lasting: bool = False
-
-
-def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> _Loaded:
+def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> Loaded:
     """The model and the adapters of a run, checked against each other."""
     from lorabatch.infer.runner import load_for_runner, programmed
     from lorabatch.model import load
@@ -154,7 +127,7 @@ def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> _
     work_key += "".join(f" {name}={digest}" for name, digest in zip(names.folders, digests, strict=True))
     work_key += "" if apart else " merged"  # rounds otherwise, so it is other work
     eos_ids = load.end_tokens(source.path, model_config, tokenizer)
-    return _Loaded(model, tokenizer, eos_ids, adapter, bank, bank_bytes, load_merged, work_key, limit, facts)
+    return Loaded(model, tokenizer, eos_ids, adapter, bank, bank_bytes, load_merged, work_key, limit, facts)
 
 
 def _read_adapters(model: Any, names: AdapterNames, *, apart: bool) -> tuple[tuple[LoraWeights, ...], list[str]]:
@@ -185,8 +158,8 @@ def _infer(
     phases: Phases,
     signals: StopSignals,
     kept: Kept | None,
-) -> tuple[int, int]:
-    """(failed, all) requests of this run, earlier finished ones included."""
+) -> Tally:
+    """What there is in the end, earlier finished requests included."""
     with SystemSampler(run.path / "system.jsonl") as sampler:
         from lorabatch.infer import metrics, sink
 
@@ -195,14 +168,11 @@ def _infer(
         run.save(**loaded.facts)
         phases.end("load")
         completions = run.path / "completions.jsonl"
-        done, failed = sink.finished_earlier(completions, prompts, loaded.work_key)
-        if config.retry_failed and failed:
-            sink.drop_failed(completions)
-            done, failed = sink.finished_earlier(completions, prompts, loaded.work_key)
+        tally = sink.finished_earlier(completions, prompts, loaded.work_key, retry_failed=config.retry_failed)
         passes: list[metrics.Pass] = []
-        with run.jsonl(completions.name) as file:
-            work = _Work(prompts, kept, config, done, failed, file)
-            for model, mask in _turns(loaded, config, prompts, done) if 0 in done else ():
+        with run.jsonl(completions.name) as writer, sink.Completions(writer) as file:
+            work = Work(prompts, kept, config, tally, file)
+            for model, mask in _turns(loaded, config, prompts, tally.done) if 0 in tally.done else ():
                 phases.end("load")
                 passes += work.run(model, mask, phases, signals)
                 phases.begin()
@@ -210,6 +180,8 @@ def _infer(
                 if signals:
                     break
             work.progress.close()
+    prompts.check_unchanged()
+    tally.warn()
     if config.output_order == "input":
         with replacing(completions) as sorted_file:
             sorted_file.writelines(sink.lines_in_input_order(completions))
@@ -217,25 +189,27 @@ def _infer(
         sink.write_openai_file(
             run.path / "batch_output.jsonl", completions, model=source.name, created=int(time.time()), adapters=prompts.adapters.folders
         )
-    if 0 not in done and (run.path / "metrics.json").exists():
+    if 0 not in tally.done and (run.path / "metrics.json").exists():
         print(f"all {len(prompts)} requests were finished earlier; metrics.json stays as it is")
-        return failed, len(prompts)
+        return tally
     figures = metrics.metrics(
         passes,
         loaded.model,
         phases.seconds,
-        failed=work.failed,
+        failed=tally.failed,
+        not_finite=tally.not_finite,
+        empty=tally.empty,
         num_slots=work.num_slots,
         iterations=config.iters,
         quantize=config.quantize,
         adapter_bytes=loaded.bank_bytes / max(1, len(loaded.bank)),
     )
     write_json(run.path / "metrics.json", figures | sampler.summary())
-    metrics.print_table(figures, run.path, completed=work.completed, total=len(prompts))
-    return work.failed, len(prompts)
+    metrics.print_table(figures, run.path, completed=tally.completed, total=len(prompts))
+    return tally
 
 
-def _turns(loaded: _Loaded, config: InferConfig, prompts: PromptFile, done: bytearray) -> Iterator[tuple[Any, bytearray]]:
+def _turns(loaded: Loaded, config: InferConfig, prompts: PromptFile, done: bytearray) -> Iterator[tuple[Any, bytearray]]:
     """Each model of the run with what it is not to do [a byte per position]: one for all, or every adapter merged in turn."""
     if not prompts.adapters.folders or config.adapter_mode == "mixed":
         yield loaded.model, done
@@ -245,86 +219,3 @@ def _turns(loaded: _Loaded, config: InferConfig, prompts: PromptFile, done: byte
         mine = left & (rows == row)
         if mine.any():
             yield loaded.model if folder is None else loaded.merged(folder), bytearray((~mine).astype(np.uint8).tobytes())
-
-
-class _Work:
-    """The requests that are left, where their completions go, and what is shown of them."""
-
-    def __init__(self, prompts: PromptFile, kept: Kept, config: InferConfig, done: bytearray, failed: int, file: JsonlWriter) -> None:
-        self._prompts, self._kept, self._config, self._done, self._file = prompts, kept, config, done, file
-        self._loaded = kept.loaded
-        self.completed, self.failed, self.num_slots = sum(done) - failed, failed, 1
-        left = len(prompts) - sum(done)
-        self.progress = Progress(sum(done) + left * config.iters, unit="request", description="infer", done=sum(done))
-
-    def run(self, model: Any, mask: bytearray, phases: Phases, signals: StopSignals) -> list[Pass]:
-        """``--iters`` passes over what is not masked; only the first is recorded."""
-        from lorabatch.infer.metrics import Latencies
-        from lorabatch.infer.session import Session
-
-        loaded, config, left = self._loaded, self._config, len(mask) - sum(mask)
-        feed = self.feed(mask, record=True)
-        lasting = self._kept.lasting and model is loaded.model
-        session = (self._kept.session if lasting else None) or Session(
-            model,
-            loaded.tokenizer,
-            loaded.eos_ids,
-            config,
-            num_requests=config.batch_size if lasting else left,  # the next range may have more
-            capacity=feed.likely_capacity(),
-            bank=loaded.bank,
-            bank_bytes=loaded.bank_bytes,
-        )
-        if lasting:
-            self._kept.session = session
-        phases.end("tokenise")
-        session.prepare()
-        phases.end("pack")
-        if config.iters > 1:
-            session.warm_up(feed)
-            phases.end("warm_up")
-        earlier = f", {sum(self._done)} finished earlier" if any(self._done) else ""
-        print(f"{left} requests, {session.num_slots} at once{earlier}")
-        passes: list[Pass] = []
-        while len(passes) < config.iters and not signals:
-            latencies = Latencies()
-            on_finish = self.on_finish(session, feed, latencies, record=not passes)
-            passes.append((session.complete(feed, on_finish, stop_requested=lambda: bool(signals)), latencies))
-            feed = self.feed(mask, record=False)
-        self.num_slots = max(self.num_slots, session.num_slots)
-        return passes
-
-    def feed(self, mask: bytearray, *, record: bool) -> Feed:
-        """The work from its beginning; its error records are written if ``record``."""
-        from lorabatch.infer.feed import Feed
-
-        def on_error(request: Request) -> None:
-            if record:
-                self.failed += 1
-                self._write(request)
-            self.progress.update()
-
-        loaded, config = self._loaded, self._config
-        fitting: dict[str, Any] = {"limit": loaded.limit, "long_prompt": config.long_prompt, "vocab_size": loaded.model.vocab_size}
-        return Feed(self._prompts, loaded.tokenizer, **fitting, done=mask, on_error=on_error)
-
-    def on_finish(self, session: Session, feed: Feed, latencies: Latencies, *, record: bool) -> Callable[[Request], None]:
-        start = time.perf_counter()
-
-        def on_finish(request: Request) -> None:
-            latencies.add(request)
-            if record:
-                self.completed += 1
-                self._write(request)
-            running = min(feed.num_out, session.num_slots)
-            self.progress.update(
-                tokens_per_s=f"{latencies.output_tokens / (time.perf_counter() - start):.0f}",
-                running=str(running),
-                waiting=str(self.progress.left - 1 - running),
-            )
-
-        return on_finish
-
-    def _write(self, request: Request) -> None:
-        key = request.key(self._loaded.work_key)
-        self._file.write(completion_record(request, self._loaded.tokenizer, key=key, adapter=self._loaded.adapter))

@@ -20,6 +20,7 @@ from lorabatch.infer.kv_cache import CacheAttention, KVCache, pages
 from lorabatch.infer.low_rank import attach_bank, by_adapter
 from lorabatch.infer.program import Program, group_size, unsupported
 from lorabatch.model.attention import Segment
+from lorabatch.model.functional import NO_TOKEN, likeliest
 from lorabatch.model.linear import Dense
 from lorabatch.model.load import Model, load_model
 from lorabatch.model.lora import LoraWeights
@@ -37,10 +38,13 @@ class Runner(Protocol):
         """[n, H] -> [n, V]."""
 
     def greedy(self, hidden: Tensor) -> list[int]:
-        """The likeliest token of each row."""
+        """The likeliest token of each row; NO_TOKEN where the model's numbers are not finite."""
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first ``length`` tokens that slot ``source`` holds are also in slot ``target`` afterwards."""
+
+    def clear(self, slot: int) -> None:
+        """Nothing that this slot held can reach who has it next."""
 
 
 class NativeRunner:
@@ -77,10 +81,13 @@ class NativeRunner:
         return self._decoder.logits(hidden)
 
     def greedy(self, hidden: Tensor) -> list[int]:
-        return self.logits(hidden).argmax(dim=-1).tolist()
+        return likeliest(self.logits(hidden))
 
     def copy(self, source: int, target: int, length: int) -> None:
         self.cache.copy(source, target, length)
+
+    def clear(self, slot: int) -> None:
+        self.cache.clear(slot)
 
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._decoder.device)
@@ -103,7 +110,7 @@ class ProgramRunner:
         self.cache = KVCache(model.spec, num_slots=num_slots, capacity=capacity, dtype=model.decoder.dtype, device=model.decoder.device)
         self._program = Program(model.decoder, cache=self.cache.data, max_tokens=max_tokens, quantize=quantize, adapters=adapters)
         self._group_size, self._max_tokens, self._apart = group_size(model.spec, model.decoder.dtype), max_tokens, bool(adapters)
-        self.logits, self.greedy = self._program.logits, self._program.greedy
+        self.logits = self._program.logits
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """As the protocol says; the hidden states are not normalised yet, ``logits`` and ``greedy`` do that."""
@@ -130,8 +137,16 @@ class ProgramRunner:
         residual = self._program.run(token_ids, positions, slots, group_starts, adapters)
         return residual[torch.tensor(wanted, dtype=torch.long)]  # a copy: the next step overwrites the residual stream
 
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """The kernel's comparisons pass over NaN, so the rows are looked at before the head."""
+        finite = hidden.isfinite().all(dim=1).tolist()
+        return [token_id if good else NO_TOKEN for token_id, good in zip(self._program.greedy(hidden), finite, strict=True)]
+
     def copy(self, source: int, target: int, length: int) -> None:
         self.cache.copy(source, target, pages(length))  # positions of one page lie interleaved in memory
+
+    def clear(self, slot: int) -> None:
+        self.cache.clear(slot)
 
 
 def _cut(segments: Sequence[Segment], max_tokens: int) -> Iterator[list[Segment]]:

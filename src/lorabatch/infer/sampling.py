@@ -4,6 +4,9 @@ A row's random number is a hash of (its seed, its step, its sample), so what a r
 depend on its neighbours, on the batch size or on a resume. The order of the filters is
 transformers': penalties, temperature, top-k, top-p, min-p.
 
+Every legal setting leaves at least one token, whatever the logits. A row whose largest logit is not finite
+has NO_TOKEN; single logits of minus infinity are tokens that the model rules out.
+
 Shapes: n rows, V vocabulary, W candidates.
 """
 
@@ -16,11 +19,12 @@ from torch import Tensor
 
 from lorabatch.infer.requests import Request, SamplingParams, TokenLogprob
 from lorabatch.infer.runner import Runner
+from lorabatch.model.functional import NO_TOKEN
 
 _MASK = (1 << 64) - 1
 CPU_ROWS = 8  # rows taken at once: their passes over V stay in the caches, and the allocator reuses the memory
 FIRST_WIDTH = 64  # candidates looked at first where top-p or min-p will drop most of the vocabulary
-LEAST_TEMPERATURE = 1e-6  # below it quotients overflow; at it nothing but the likeliest token has any mass left
+TEMPERATURES = (1e-6, 1e30)  # at the lower end nothing but the likeliest token has any mass left, at the upper all have the same
 WIDENING = 32  # how many times more where they did not suffice
 
 
@@ -51,7 +55,7 @@ def choose(runner: Runner, hidden: Tensor, requests: Sequence[Request]) -> list[
 
 
 def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """The next token of each row; log-probabilities are added to the requests that want them.
+    """The next token of each row, or NO_TOKEN; log-probabilities are added to the requests that want them.
 
     logits [n, V]; requests: whose rows they are.
     """
@@ -74,7 +78,7 @@ def _sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
         draws = [uniform(p.seed, len(requests[i].output_ids), requests[i].sample) for i, p in zip(sampled, params, strict=True)]
         chosen[sampled] = draw(_rows(scores, sampled), params, draws)
     _add_logprobs(logits, chosen, requests)
-    return chosen.tolist()
+    return chosen.where(logits.amax(dim=-1).isfinite(), NO_TOKEN).tolist()
 
 
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
@@ -102,9 +106,10 @@ def penalised(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         terms += [(params.presence_penalty if c else 0.0) + params.frequency_penalty * c for c in counts.values()]
     logits = logits.clone()
     places = torch.tensor([rows, ids], device=logits.device).unbind()
-    factor, term = torch.tensor([factors, terms], device=logits.device)
-    score = logits[places]
-    logits[places] = torch.where(score < 0, score * factor, score / factor) - term
+    factor, term = torch.tensor([factors, terms], device=logits.device, dtype=torch.float64)
+    score = logits[places].double()
+    most = torch.finfo(logits.dtype).max  # an extreme penalty makes extreme scores, but scores
+    logits[places] = (torch.where(score < 0, score * factor, score / factor) - term).clamp(-most, most).to(logits.dtype)
     return logits
 
 
@@ -124,19 +129,20 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float
     Rows are taken together only if they look at equally many candidates, so equal rows give equal bits in any company.
     """
     chosen = torch.empty(len(params), dtype=torch.long, device=logits.device)
-    waiting: dict[int, list[int]] = {}  # W -> rows
+    waiting: dict[tuple[bool, int], list[int]] = {}  # (are W all, W) -> rows
     for i, p in enumerate(params):
-        waiting.setdefault(p.top_k or (FIRST_WIDTH if p.top_p < 1 or p.min_p > 0 else 0), []).append(i)
+        width = p.top_k or (FIRST_WIDTH if p.top_p < 1 or p.min_p > 0 else 0)
+        waiting.setdefault((p.top_k > 0, width), []).append(i)
     while waiting:
-        width, rows = waiting.popitem()
+        (whole, width), rows = waiting.popitem()
         probabilities, ids, settled = filtered(_rows(logits, rows), [params[i] for i in rows], width)
         mass = probabilities.cumsum(dim=-1)
         points = torch.tensor([draws[i] for i in rows], device=logits.device)[:, None] * mass[:, -1:]
         places = torch.searchsorted(mass, points * (1 - 2**-23), right=True)  # below the whole mass after rounding too
-        chosen[rows] = ids.gather(1, places).squeeze(1)
+        chosen[rows] = ids.gather(1, places.clamp(max=ids.shape[1] - 1)).squeeze(1)  # of NaN there is no place
         wider = [i for i, good in zip(rows, settled, strict=True) if not good]
         if wider:
-            waiting.setdefault(width * WIDENING, []).extend(wider)
+            waiting.setdefault((whole, width * WIDENING), []).extend(wider)
     return chosen
 
 
@@ -151,13 +157,15 @@ def filtered(logits: Tensor, params: Sequence[SamplingParams], width: int) -> tu
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    scaled = logits / column([max(p.temperature, LEAST_TEMPERATURE) for p in params])
+    least, most = TEMPERATURES
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / column([min(max(p.temperature, least), most) for p in params])  # at most 0
     if width == 0:
         return scaled.softmax(dim=-1), torch.arange(vocabulary, device=logits.device).expand_as(logits), [True] * len(params)
     top, ids = scaled.topk(min(width, vocabulary))
     probabilities = top.softmax(dim=-1) if params[0].top_k else scaled.softmax(dim=-1).gather(1, ids)
     before = probabilities.cumsum(dim=-1) - probabilities  # mass of likelier tokens
     keep = (before < column([p.top_p for p in params])) & (probabilities >= column([p.min_p for p in params]) * probabilities[:, :1])
+    keep[:, 0] = True  # also where a bound is too small for its type
     settled = [True] * len(params) if params[0].top_k or width >= vocabulary else (~keep[:, -1]).tolist()
     return probabilities.masked_fill(~keep, 0.0), ids, settled
 
@@ -169,7 +177,8 @@ def _add_logprobs(logits: Tensor, chosen: Tensor, requests: Sequence[Request]) -
         return
     values = _rows(logits, rows).log_softmax(dim=-1)
     own = values.gather(1, chosen[rows][:, None]).squeeze(1).tolist()
-    top, ids = (t.tolist() for t in values.topk(max(requests[i].params.logprobs or 0 for i in rows)))
+    most = min(values.shape[1], max(requests[i].params.logprobs or 0 for i in rows))
+    top, ids = (t.tolist() for t in values.topk(most))
     for place, i in enumerate(rows):
         wanted = requests[i].params.logprobs
         requests[i].logprobs.append(TokenLogprob(own[place], ids[place][:wanted], top[place][:wanted]))

@@ -48,11 +48,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Copy:
-    """The first ``length`` positions of slot ``source`` are to be in slot ``target`` too."""
+    """The first ``length`` positions of slot ``source`` are to be in slot ``target`` too.
+
+    ``clear``: the source is free now, and what it holds was never looked at, because its prompt is still being read.
+    """
 
     source: int
     target: int
     length: int
+    clear: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ class Scheduler:
         for request in sorted(finished, key=lambda r: -r.slot):
             last = self.running.pop()
             if last is not request:
-                copies.append(Copy(last.slot, request.slot, last.cached))
+                copies.append(Copy(last.slot, request.slot, last.cached, clear=last.cached < len(last.token_ids)))
                 last.slot = request.slot
                 self.running[request.slot] = last
             request.slot = -1

@@ -1,4 +1,4 @@
-"""``completions.jsonl``: what earlier runs finished, and the order of what this one wrote.
+"""``completions.jsonl``: what earlier runs finished, whether it is still as we left it, and the order of what this one wrote.
 
 Ids, keys and places are held as 64-bit numbers, never as records, so that 100,000 completions take a few megabytes.
 """
@@ -6,31 +6,64 @@ Ids, keys and places are held as 64-bit numbers, never as records, so that 100,0
 from __future__ import annotations
 
 import json
+import os
+import sys
+import zlib
 from array import array
-from collections.abc import Container, Iterator
-from itertools import groupby, islice
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import compress, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from lorabatch.errors import UsageError
+from lorabatch.errors import LorabatchError, UsageError
 from lorabatch.infer import openai_batch
 from lorabatch.infer.prompts import PromptFile, id_digest
-from lorabatch.records import dumps, read_jsonl, replacing
+from lorabatch.infer.requests import NOT_FINITE
+from lorabatch.records import JsonlWriter, dumps, read_jsonl, replacing
+from lorabatch.schema import sealed
 
 
-def finished_earlier(path: Path, prompts: PromptFile, work_key: str) -> tuple[bytearray, int]:
-    """(1 at each position that is finished, how many of those failed). UsageError if ``path`` holds other work's completions."""
-    done, failed = bytearray(len(prompts)), 0
-    ids, keys = array("Q"), array("Q")
+@dataclass
+class Tally:
+    """What the file holds. ``done``: 1 at the position of each finished request."""
+
+    done: bytearray
+    failed: int = 0
+    not_finite: int = 0  # of those: because the model's numbers are not
+    completed: int = 0
+    empty: int = 0  # of those: without any text
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        error = record["error"]
+        self.failed += error is not None
+        self.not_finite += str(error).startswith(NOT_FINITE)
+        self.completed += error is None
+        self.empty += error is None and not record["text"].strip()
+
+    def warn(self) -> None:
+        """A model that says nothing, or nothing that is a number, is not passed over in silence."""
+        if self.not_finite:
+            print(f"warning: {self.not_finite} of {len(self.done)} requests failed: {NOT_FINITE} (NaN or infinity)", file=sys.stderr)
+        if self.empty and self.empty == self.completed:
+            print(f"warning: all {self.empty} completions are empty texts; check the model, the adapter and --stop", file=sys.stderr)
+
+
+def finished_earlier(path: Path, prompts: PromptFile, work_key: str, *, retry_failed: bool = False) -> Tally:
+    """What is finished; of completions that are there twice one stays, of failed ones none if they are to be tried again.
+
+    UsageError if ``path`` holds other work's completions, DataError if it holds what is none.
+    """
+    tally, digests = Tally(bytearray(len(prompts))), prompts.id_digests
+    ids, keys, failed = array("Q"), array("Q"), array("b")
     for record in read_jsonl(path):
         ids.append(id_digest(record["id"], record["sample"]))
         keys.append(int(record["key"], 16))
-        failed += record["error"] is not None
+        failed.append(record["error"] is not None)
     if not ids:
-        return done, failed
-    digests = prompts.id_digests
+        return tally
     expected = np.fromiter((int(r.key(work_key), 16) for r in prompts), np.uint64, len(prompts))
     order = np.argsort(digests)
     places = np.searchsorted(digests[order], np.asarray(ids)).clip(max=len(digests) - 1)
@@ -43,14 +76,70 @@ def finished_earlier(path: Path, prompts: PromptFile, work_key: str) -> tuple[by
             where=path,
             fix="choose another --output_dir, or --overwrite",
         )
-    np.frombuffer(done, dtype=np.uint8)[positions] = 1
-    return done, failed
+    bad = np.asarray(failed, dtype=bool)
+    by_worth = np.lexsort((bad, positions))  # of each request the first without an error, or else the first
+    best = by_worth[np.diff(positions[by_worth], prepend=-1) != 0]
+    kept = np.zeros(len(ids), dtype=bool)
+    kept[best] = True
+    if twice := len(ids) - len(best):
+        print(f"{path}: {twice} completions were there twice: one of each is kept", file=sys.stderr)
+    if retry_failed:
+        kept &= ~bad
+    np.frombuffer(tally.done, dtype=np.uint8)[positions[kept]] = 1
+    for record in compress(read_jsonl(path), kept):
+        tally.add(record)
+    if not kept.all():
+        with replacing(path) as file:
+            file.writelines(sealed(record) + b"\n" for record in compress(read_jsonl(path), kept))
+    return tally
 
 
-def drop_failed(path: Path) -> None:
-    """Leave only the completions without an error, so that the others are tried again."""
-    with replacing(path) as file:
-        file.writelines(dumps(record).encode() + b"\n" for record in read_jsonl(path) if record["error"] is None)
+class Completions:
+    """The file while it is written. Before each line, and at the end, it must be what was written before.
+
+    LorabatchError (70) if another program changed, replaced or removed it: what that one left is not a result.
+    """
+
+    def __init__(self, writer: JsonlWriter) -> None:
+        self._writer, self._path = writer, writer.path
+        self._file: BinaryIO = self._path.open("rb")
+        self._state, self._checksum = self._seen(), _checksum(self._file)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._check(self._seen())
+        self._writer.write(record)
+        self._checksum = _checksum(self._file, self._checksum)  # goes on behind what it read last
+        self._state = os.fstat(self._file.fileno())
+
+    def __enter__(self) -> Completions:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Read the whole file once more: a change may leave its size as it was."""
+        with self._file:
+            if kind is None:
+                self._check(self._seen())
+                self._file.seek(0)
+                if _checksum(self._file) != self._checksum:
+                    self._check(None)
+
+    def _seen(self) -> os.stat_result | None:
+        try:
+            return self._path.stat()
+        except OSError:
+            return None
+
+    def _check(self, seen: os.stat_result | None) -> None:
+        known = self._state
+        if seen is None or known is None or (seen.st_dev, seen.st_ino, seen.st_size) != (known.st_dev, known.st_ino, known.st_size):
+            fix = "keep other programs away from it and begin again with --overwrite, or restore it and go on with --resume"
+            raise LorabatchError("changed, replaced or removed during the run", where=self._path, fix=fix)
+
+
+def _checksum(file: BinaryIO, start: int = 0) -> int:
+    while block := file.read(1 << 20):
+        start = zlib.crc32(block, start)
+    return start
 
 
 def lines_in_input_order(path: Path) -> Iterator[bytes]:

@@ -4,6 +4,7 @@ Composed from torch's own operations, each of these keeps several fp32 copies of
 backward pass; on CPUs they are made of many passes over memory. Here each saves its input (which
 the next layer has saved anyway, or which is a view of it) and recomputes the rest. Weights are
 frozen, so only input gradients exist. Plain references: ``tests/test_functional.py``.
+At the other end of the model: the likeliest token.
 
 Shapes: T tokens, H features, D head size, M intermediate size.
 """
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorabatch.model.fused import passes_for
+
+NO_TOKEN = -1  # in a token's place where the logits are not numbers to choose by
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -118,3 +121,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
     return out
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    """The token of the largest logit of each row [n, V]; NO_TOKEN where that is infinite or any is NaN, which counts as the largest."""
+    ids = logits.argmax(dim=-1, keepdim=True)
+    return ids.where(logits.gather(1, ids).isfinite(), NO_TOKEN).squeeze(1).tolist()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lorabatch.errors import DataError, UnavailableError, UsageError
 from lorabatch.model.attention import Segment
+from lorabatch.model.functional import likeliest
 from lorabatch.model.lora import KEY_PREFIX, AdapterSet, LoraWeights, load_adapter
 from lorabatch.model.lora_settings import LoraSettings
 from lorabatch.model.spec import ModelSpec
@@ -171,10 +172,13 @@ class HfRunner:
         return hidden
 
     def greedy(self, hidden: Tensor) -> list[int]:
-        return hidden.argmax(dim=-1).tolist()
+        return likeliest(hidden)
 
     def copy(self, source: int, target: int, length: int) -> None:
         self._row_of_slot[target] = self._row_of_slot[source]
+
+    def clear(self, slot: int) -> None:
+        """Every batch has a new cache, and each of its rows reads its own part."""
 
     def _begin(self, segments: Sequence[Segment]) -> Tensor:
         longest = max(len(s.token_ids) for s in segments)

@@ -1,0 +1,155 @@
+"""Files that somebody changes while a run reads or writes them, that hold something twice, or of which half an older run is left."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from lorabatch.cli import main
+from lorabatch.infer.work import Work
+
+PROMPTS = "".join(f"Patient {i} reports\n" for i in range(9))
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text(PROMPTS)
+    return path
+
+
+def infer(model, prompts, out, *more):
+    words = ["--base_model", model, "--prompts", prompts, "--output_dir", out, "--max_new_tokens", 3, "--batch_size", 2, "--ignore_eos"]
+    return main(["infer", *map(str, [*words, "--dtype", "fp32", *more])])
+
+
+def run_record(out):
+    return json.loads((out / "run.json").read_text())
+
+
+def texts(out):
+    return {r["id"]: r["text"] for r in map(json.loads, (out / "completions.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture
+def after(monkeypatch):
+    """Let something happen after the n-th record of a run."""
+
+    def arrange(count, action):
+        write, seen = Work._write, []
+
+        def counting(self, request):
+            write(self, request)
+            seen.append(request)
+            if len(seen) == count:
+                action()
+
+        monkeypatch.setattr(Work, "_write", counting)
+
+    return arrange
+
+
+def replaced(path):
+    shutil.copy(path, path.with_name("copy"))
+    path.with_name("copy").rename(path)
+
+
+def edited(path):
+    """In place, the size stays."""
+    with path.open("r+b") as file:
+        file.seek(2)
+        file.write(b"X")
+
+
+def lengthened(path):
+    with path.open("ab") as file:
+        file.write(b"Patient 10 reports\n")
+
+
+DAMAGES = {"removed": lambda p: p.unlink(), "truncated": lambda p: os.truncate(p, 5), "replaced": replaced, "lengthened": lengthened}
+
+
+@pytest.mark.parametrize("count", [4, 9], ids=["midway", "last"])
+@pytest.mark.parametrize("damage", [*DAMAGES.values(), edited], ids=[*DAMAGES, "edited"])
+def test_completions_that_somebody_else_changes_end_the_run(damage, count, tiny_llama_dir, prompts, tmp_path, after, capsys):
+    out = tmp_path / "out"
+    after(count, lambda: damage(out / "completions.jsonl"))
+    assert infer(tiny_llama_dir, prompts, out) == 70
+    assert "completions.jsonl: changed, replaced or removed during the run; keep other programs away" in capsys.readouterr().err
+    assert run_record(out)["status"] == "failed"
+
+
+@pytest.mark.parametrize("count", [4, 9], ids=["midway", "last"])
+@pytest.mark.parametrize("damage", [*DAMAGES.values(), edited], ids=[*DAMAGES, "edited"])
+def test_prompts_that_change_end_the_run(damage, count, tiny_llama_dir, prompts, tmp_path, after, capsys):
+    out = tmp_path / "out"
+    after(count, lambda: damage(prompts))
+    assert infer(tiny_llama_dir, prompts, out) == 65
+    assert "p.txt: changed, replaced or removed during the run; leave it alone" in capsys.readouterr().err
+    assert run_record(out)["status"] == "failed"
+    prompts.write_text(PROMPTS)
+    assert infer(tiny_llama_dir, prompts, out, "--resume") == 0 and len(texts(out)) == 9
+
+
+def test_prompts_that_are_appended_before_they_are_read_again(tiny_llama_dir, prompts, tmp_path, monkeypatch, capsys):
+    """What the second reading finds behind the end is no request of this run."""
+    from lorabatch.infer.feed import Feed
+
+    begin = Feed.__init__
+
+    def appended(self, *args, **kwargs):
+        lengthened(prompts)
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(Feed, "__init__", appended)
+    assert infer(tiny_llama_dir, prompts, tmp_path / "out") == 65
+    assert "changed, replaced or removed" in capsys.readouterr().err
+
+
+def test_a_change_ends_a_resumed_run_that_was_completed_once(tiny_llama_dir, prompts, tmp_path, after):
+    out = tmp_path / "out"
+    assert infer(tiny_llama_dir, prompts, out) == 0
+    lengthened(prompts)
+    after(1, lambda: edited(prompts))
+    assert infer(tiny_llama_dir, prompts, out, "--resume") == 65
+    assert run_record(out)["status"] == "failed"
+
+
+def test_completions_that_are_there_twice_are_dropped_and_counted(tiny_llama_dir, prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert infer(tiny_llama_dir, prompts, out) == 0
+    path = out / "completions.jsonl"
+    lines, expected = path.read_text().splitlines(keepends=True), texts(out)
+    path.write_text("".join([lines[0], *lines[:4], lines[2]]) + lines[5][:20])
+    capsys.readouterr()
+    assert infer(tiny_llama_dir, prompts, out, "--resume") == 0
+    said = capsys.readouterr()
+    assert f"{path}: 2 completions were there twice: one of each is kept" in said.err and "4 finished earlier" in said.out
+    assert path.read_text().count("\n") == 9 and texts(out) == expected
+    assert path.read_text().startswith("".join(lines[:4])), "what was there first stays, in its order"
+    path.write_text("".join(lines + lines))
+    assert infer(tiny_llama_dir, prompts, out, "--resume") == 0
+    assert path.read_text() == "".join(lines) and run_record(out)["status"] == "completed"
+
+
+def test_of_a_failure_and_a_completion_the_completion_stays(tiny_llama_dir, prompts, tmp_path):
+    out = tmp_path / "out"
+    assert infer(tiny_llama_dir, prompts, out) == 0
+    path = out / "completions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    failed = json.dumps(json.loads(lines[3]) | {"error": "lost", "text": ""}) + "\n"
+    path.write_text("".join([failed, *lines]))
+    assert infer(tiny_llama_dir, prompts, out, "--resume") == 0
+    assert path.read_text() == "".join(lines) and run_record(out)["failed"] == 0
+
+
+@pytest.mark.parametrize("line", ['{"id": "1"}', "[]", '{"id": "1", "sample": 0, "key": "no number", "error": null, "text": "a"}', '"x"'])
+def test_a_line_that_is_no_completion_is_named(line, tiny_llama_dir, prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert infer(tiny_llama_dir, prompts, out) == 0
+    lengthened_by = (out / "completions.jsonl").read_text() + line + "\n"
+    (out / "completions.jsonl").write_text(lengthened_by)
+    assert infer(tiny_llama_dir, prompts, out, "--resume") == 65
+    assert "completions.jsonl:10: " in capsys.readouterr().err
+    assert (out / "completions.jsonl").read_text() == lengthened_by
