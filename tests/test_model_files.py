@@ -91,7 +91,7 @@ def said(capsys):
 # Weights against config.json
 
 
-@pytest.mark.parametrize("backend", ["native", "hf"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("hf", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -198,6 +198,12 @@ def test_numbers_that_no_model_has(model, prompts, capsys, changes):
     assert str(model) in said(capsys)
 
 
+def test_a_tokenizer_is_tried_before_anything_is_loaded(model, prompts, capsys):
+    edit_json(model / "tokenizer_config.json", model_max_length=[])
+    assert infer(model, prompts) == 65
+    assert "no usable tokenizer (TypeError" in said(capsys)
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("kind", ["native type", "unknown type"])
 def test_code_of_a_model_never_runs_and_nobody_is_asked(file, kind, model, prompts, capsys, monkeypatch):
@@ -238,7 +244,6 @@ def test_tokens_that_the_model_does_not_have(model, prompts, capsys):
 # Adapters
 
 
-@pytest.mark.parametrize("backend", ["native", "hf"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -261,9 +266,9 @@ def test_tokens_that_the_model_does_not_have(model, prompts, capsys):
     ],
     ids=str,
 )
-def test_adapter_configurations_that_cannot_be(tiny_llama_dir, adapter, prompts, capsys, changes, backend):
+def test_adapter_configurations_that_cannot_be(tiny_llama_dir, adapter, prompts, capsys, changes):
     edit_json(adapter / "adapter_config.json", **changes)
-    assert infer(tiny_llama_dir, prompts, "--adapter_dir", adapter, "--backend", backend) == 65
+    assert infer(tiny_llama_dir, prompts, "--adapter_dir", adapter) == 65
     assert str(adapter) in said(capsys)
 
 
