@@ -349,6 +349,7 @@ def test_a_resume_of_the_hf_backend_knows_all_weights(tiny_neox_dir, tmp_path, p
     assert infer(model, prompts, "--resume") == 64
 
 
+@pytest.mark.slow
 def test_shards_of_one_run_are_of_one_model(model, prompts, capsys):
     words = ["--base_model", model, "--prompts", prompts, "--output_dir", prompts.parent / "out", "--shards", 2, "--threads", 1]
     (prompts.parent / "out").mkdir()
