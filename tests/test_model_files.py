@@ -91,7 +91,7 @@ def said(capsys):
 # Weights against config.json
 
 
-@pytest.mark.parametrize("backend", ["native", "hf"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("hf", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -184,6 +184,7 @@ def test_gguf_counts_end_with_the_file(place, prompts, capsys):
         {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}},
         {"rope_parameters": {"rope_type": "linear", "factor": float("inf")}},
+        {"max_position_embeddings": [128]},
         {"eos_token_id": "x"},
         {"model_type": 5},
         {"hidden_act": 5},
@@ -195,6 +196,12 @@ def test_numbers_that_no_model_has(model, prompts, capsys, changes):
     edit_json(model / "config.json", **changes)
     assert infer(model, prompts) == 65
     assert str(model) in said(capsys)
+
+
+def test_a_tokenizer_is_tried_before_anything_is_loaded(model, prompts, capsys):
+    edit_json(model / "tokenizer_config.json", model_max_length=[])
+    assert infer(model, prompts) == 65
+    assert "no usable tokenizer (TypeError" in said(capsys)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -237,7 +244,6 @@ def test_tokens_that_the_model_does_not_have(model, prompts, capsys):
 # Adapters
 
 
-@pytest.mark.parametrize("backend", ["native", "hf"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -260,9 +266,9 @@ def test_tokens_that_the_model_does_not_have(model, prompts, capsys):
     ],
     ids=str,
 )
-def test_adapter_configurations_that_cannot_be(tiny_llama_dir, adapter, prompts, capsys, changes, backend):
+def test_adapter_configurations_that_cannot_be(tiny_llama_dir, adapter, prompts, capsys, changes):
     edit_json(adapter / "adapter_config.json", **changes)
-    assert infer(tiny_llama_dir, prompts, "--adapter_dir", adapter, "--backend", backend) == 65
+    assert infer(tiny_llama_dir, prompts, "--adapter_dir", adapter) == 65
     assert str(adapter) in said(capsys)
 
 
@@ -341,6 +347,19 @@ def test_a_resume_of_the_hf_backend_knows_all_weights(tiny_neox_dir, tmp_path, p
     assert infer(model, prompts) == 0
     edit_tensors(model / WEIGHTS, lambda t: t["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"].view(-1)[1:2].add_(0.5))
     assert infer(model, prompts, "--resume") == 64
+
+
+@pytest.mark.slow
+def test_shards_of_one_run_are_of_one_model(model, prompts, capsys):
+    words = ["--base_model", model, "--prompts", prompts, "--output_dir", prompts.parent / "out", "--shards", 2, "--threads", 1]
+    (prompts.parent / "out").mkdir()
+    flags = ["infer", *map(str, words), "--max_new_tokens", "2", "--dtype", "fp32", "--no_cuda"]
+    (model / "tokenizer.json").rename(model / "away.txt")
+    assert main(flags) == 65, "nothing can run without a tokenizer, but the plan stands"
+    (model / "away.txt").rename(model / "tokenizer.json")
+    capsys.readouterr()
+    assert main(flags) == 64
+    assert "base_sha256 differ" in said(capsys)
 
 
 def test_training_does_not_go_on_over_another_head(model, prompts, capsys):

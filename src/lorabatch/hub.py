@@ -216,11 +216,11 @@ def model_sha256(folder: Path) -> str:
 
 def convert_gguf(path: Path) -> Path:
     """Convert a GGUF file to a model folder with fp32 safetensors, once per file content. Returns the folder."""
-    from lorabatch.model.gguf_files import write_converted
-
     target = converted_folder() / f"{path.stem}-{known_sha256(path)[:12]}"
     if (target / MANIFEST).exists():
         return target
+    from lorabatch.model.gguf_files import write_converted
+
     print(f"converting {path.name} to safetensors (once): {target}")
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:

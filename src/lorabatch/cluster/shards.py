@@ -116,6 +116,7 @@ def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[
     plan = {
         "schema_version": 1,
         "prompts_sha256": hub.file_sha256(Path(config.prompts)),
+        "base_sha256": hub.model_sha256(hub.find_model(config.base_model).path),
         "adapters_sha256": {name: files_sha256(folder) for name, folder in _adapter_folders(config, prompts).items()},
         "bounds": [i * num_prompts // shards for i in range(shards + 1)],
         "config": config_kept,

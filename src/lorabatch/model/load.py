@@ -42,6 +42,9 @@ def load_tokenizer(folder: Path) -> Any:
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-text token", fix="set eos_token in tokenizer_config.json")
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # lengths are our business
+        tokenizer.decode(
+            tokenizer(["A trial."], return_attention_mask=False, verbose=False)["input_ids"][0]
+        )  # some settings are not looked at before
         return tokenizer
 
 

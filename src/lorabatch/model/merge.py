@@ -9,12 +9,12 @@ import torch
 
 from lorabatch import hub
 from lorabatch.config import MergeConfig
-from lorabatch.errors import UnavailableError, UsageError
+from lorabatch.errors import DataError, UnavailableError, UsageError
 from lorabatch.model import load
 from lorabatch.model.device import TYPES
 from lorabatch.model.lora import load_adapter
 from lorabatch.model.spec import spec_from_config
-from lorabatch.model.tensorfiles import write_safetensors
+from lorabatch.model.tensorfiles import is_finite, write_safetensors
 from lorabatch.model.weights import FAMILY_NAMES, checked, fingerprint, linear_shapes, read_checkpoint
 
 
@@ -41,6 +41,10 @@ def merge_to_folder(config: MergeConfig) -> Path:
         tensors[f"{path}.weight"] = merged.to(weight.dtype if config.dtype == "auto" else torch.float32)
     if config.dtype != "auto":
         tensors = {name: tensor.to(TYPES[config.dtype]) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            what = f"'{name}' is not finite in {tensor.dtype} with the adapter merged"
+            raise DataError(what, where=source.path, fix="check the weights, or choose another --dtype")
     output.mkdir(parents=True, exist_ok=True)
     for file in source.path.iterdir():
         if file.is_file() and not file.name.startswith(("model", "pytorch_model")) and file.name != hub.MANIFEST:

@@ -55,8 +55,8 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         """DataError for numbers that no model can have."""
-        counts = {k: v for k, v in asdict(self).items() if k.endswith(("_size", "_dim")) or k.startswith("num_")}
-        wrong = [f"{k} {v!r}" for k, v in counts.items() if not isinstance(v, int) or v < 1]
+        counts = {k: v for k, v in asdict(self).items() if k.endswith(("_size", "_dim", "_positions")) or k.startswith("num_")}
+        wrong = [f"{k} {v!r}" for k, v in counts.items() if type(v) is not int or v < 1]
         if not wrong and self.num_heads % self.num_kv_heads:
             wrong.append(f"num_heads {self.num_heads} for {self.num_kv_heads} key/value heads")
         if not wrong and self.rope_inv_freq and self.head_dim % 2:
