@@ -118,6 +118,11 @@ def home(tiny_llama_dir, tmp_path_factory):
     shutil.copytree(home / "train", home / "killed")
     shutil.rmtree(home / "killed/checkpoints/step-00000003")
     write_json(home / "killed/run.json", json.loads((home / "killed/run.json").read_text()) | {"status": "running"})
+    shard = home / "shards/shards/0000"  # done already, so that nothing is computed and no process is started
+    shutil.copytree(home / "infer", shard / "output-000/0-6")
+    record = {"schema_version": 1, "files": ["output-000/0-6/completions.jsonl"], "quarantined": [], "work_keys": []}
+    write_json(shard / "DONE.json", record)
+    assert run(infer_words(home, tiny_llama_dir, "shards", "--shards", 1))[0] == 0
     (home / "sweep.toml").write_text('[train]\nbase_model = "x"\n[search]\nlr = [1e-4, 2e-4]\n', encoding="utf-8")
     search = {
         "method": "grid",
@@ -243,6 +248,22 @@ def test_infer_goes_on_and_loses_nothing(home, tiny_llama_dir, data):
             assert sorted(json.loads(line)["id"] for line in left) == [str(i) for i in range(len(TEXTS))], "every request once"
         if flipped and path.suffix == ".jsonl":
             assert code == 0, "the damaged line is done again"
+
+
+SHARD = [
+    f"shards/shards/0000/{name}"
+    for name in ("DONE.json", *(f"output-000/0-6/{n}" for n in ("completions.jsonl", "run.json", "metrics.json")))
+]
+
+
+@examples(4, 60)
+def test_shards_merge_every_request_once(home, tiny_llama_dir, data):
+    with damaged_copy(home, ["shards/plan.json", "shards/run.json", *SHARD], data) as (copy, _, _, _):
+        words = infer_words(home, tiny_llama_dir, copy / "shards", "--shards", 1)
+        code, _, _ = check(words)
+        if not code:
+            lines = (copy / "shards/completions.jsonl").read_text(encoding="utf-8").splitlines()
+            assert [json.loads(line)["id"] for line in lines] == [str(i) for i in range(len(TEXTS))]
 
 
 STATE = [f"killed/checkpoints/step-00000002/{name}" for name in ("COMPLETE", "state.json", "state.safetensors")]
