@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from lorabatch.errors import DataError, UsageError, nearest
+from lorabatch.schema import LARGEST
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -105,6 +106,8 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if isinstance(value, (int, float)):
         if value != value or value in (float("inf"), float("-inf")):
             raise UsageError("must be a finite number", where=where, fix="give a number")
+        if abs(value) >= LARGEST:
+            raise UsageError("out of range", where=where, fix=f"give a value of less than {LARGEST:g}")
         for name, text, holds in BOUNDS:
             if rule[name] is not None and not holds(value, rule[name]):
                 raise UsageError("out of range", where=where, fix=f"give a value of {text} {rule[name]}")
