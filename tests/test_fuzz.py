@@ -47,9 +47,9 @@ VALUES = [
 JUNK = [b"", b"null", b"[]", b"{}", b"NaN", b'"text"', b"{" * 3, b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b"\x00" * 64, b"9" * 5000]
 
 
-def damaged(content, data, *, lines):
-    """(the bytes with one damage, whether it was a single flipped bit)."""
-    kind = data.draw(st.sampled_from(["bit", "bit", "field", "field", "field", "field", "cut", "bytes", "junk"]))
+def damaged(content, data, *, lines, fields=True):
+    """(the bytes with one damage, whether it was a single flipped bit). fields: it is JSON, whose fields may change."""
+    kind = data.draw(st.sampled_from(["bit", "bit", "cut", "bytes", "junk"] + ["field"] * 4 * fields))
     if kind == "bit" and content:
         place, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
         return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :], True
@@ -118,6 +118,11 @@ def home(tiny_llama_dir, tmp_path_factory):
     shutil.copytree(home / "train", home / "killed")
     shutil.rmtree(home / "killed/checkpoints/step-00000003")
     write_json(home / "killed/run.json", json.loads((home / "killed/run.json").read_text()) | {"status": "running"})
+    shard = home / "shards/shards/0000"  # done already, so that nothing is computed and no process is started
+    shutil.copytree(home / "infer", shard / "output-000/0-6")
+    record = {"schema_version": 1, "files": ["output-000/0-6/completions.jsonl"], "quarantined": [], "work_keys": []}
+    write_json(shard / "DONE.json", record)
+    assert run(infer_words(home, tiny_llama_dir, "shards", "--shards", 1))[0] == 0
     (home / "sweep.toml").write_text('[train]\nbase_model = "x"\n[search]\nlr = [1e-4, 2e-4]\n', encoding="utf-8")
     search = {
         "method": "grid",
@@ -178,7 +183,7 @@ def damaged_copy(home, names, data):
         lines, before = path.suffix == ".jsonl", path.read_bytes()
         sealed = data.draw(st.booleans()) or path.suffix not in (".json", ".jsonl")
         content = before if sealed else unsealed(before, lines=lines)
-        after, flipped = damaged(content, data, lines=lines)
+        after, flipped = damaged(content, data, lines=lines, fields=path.suffix != ".safetensors")
         path.write_bytes(after)
         yield copy, path, content, sealed and flipped
 
@@ -245,6 +250,22 @@ def test_infer_goes_on_and_loses_nothing(home, tiny_llama_dir, data):
             assert code == 0, "the damaged line is done again"
 
 
+SHARD = [
+    f"shards/shards/0000/{name}"
+    for name in ("DONE.json", *(f"output-000/0-6/{n}" for n in ("completions.jsonl", "run.json", "metrics.json")))
+]
+
+
+@examples(4, 60)
+def test_shards_merge_every_request_once(home, tiny_llama_dir, data):
+    with damaged_copy(home, ["shards/plan.json", "shards/run.json", *SHARD], data) as (copy, _, _, _):
+        words = infer_words(home, tiny_llama_dir, copy / "shards", "--shards", 1)
+        code, _, _ = check(words)
+        if not code:
+            lines = (copy / "shards/completions.jsonl").read_text(encoding="utf-8").splitlines()
+            assert [json.loads(line)["id"] for line in lines] == [str(i) for i in range(len(TEXTS))]
+
+
 STATE = [f"killed/checkpoints/step-00000002/{name}" for name in ("COMPLETE", "state.json", "state.safetensors")]
 
 
@@ -252,8 +273,6 @@ STATE = [f"killed/checkpoints/step-00000002/{name}" for name in ("COMPLETE", "st
 def test_training_goes_on_to_the_same_bits(home, tiny_llama_dir, data):
     files = [*STATE, "killed/run.json", "killed/events.jsonl"]
     with damaged_copy(home, files, data) as (copy, path, _, _):
-        if path.suffix == ".safetensors":  # its fields are no JSON
-            path.write_bytes(path.read_bytes()[:-1])
         code, _, _ = check(train_words(copy, tiny_llama_dir, "killed", "--resume", "auto"))
         if path.parent.name.startswith("step-"):
             assert code == 0, "the checkpoint before serves"

@@ -259,6 +259,8 @@ def test_a_damaged_site_file_is_one_line(line, words, tmp_path, monkeypatch, cap
         ("[train]\nlr = " + "9" * 5000, 65, "not a readable TOML file"),
         ("[train]\nlr = " + "9" * 400, 64, "--lr: out of range"),
         ("[train]\nseed = 99999999999999999999", 64, "--seed: out of range"),
+        ("[train]\nlora_alpha = 1e308", 64, "--lora_alpha 1e+308: out of range; give a value of at most 1e+30"),
+        ("[train]\nlora_r = 4611686018427387904", 64, "--lora_r 4611686018427387904: out of range"),
         ("[train]\ntext_field = " + "[" * 5000, 65, "not a readable TOML file"),
         ('[train]\ntrain_path = "a\\u0000b"', 64, "holds a character that no path and no text may"),
     ],

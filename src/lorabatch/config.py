@@ -63,7 +63,7 @@ class TrainConfig(Settings):
     adam_eps: float = setting(1e-8, "AdamW: added to the denominator", above=0)
     max_grad_norm: float = setting(1.0, "clip the gradient's 2-norm to this (0: never)", minimum=0)
 
-    lora_r: int = setting(16, "rank of the adapters", minimum=1)
+    lora_r: int = setting(16, "rank of the adapters", minimum=1, maximum=65536)
     lora_alpha: float = setting(32.0, "adapter scale: alpha / r, or alpha / sqrt(r) with --use_rslora", above=0)
     lora_dropout: float = setting(0.0, "dropout on the input of the adapters", minimum=0, below=1)
     use_rslora: bool = setting(False, "rank-stabilised scale (arXiv 2312.03732)")
@@ -307,7 +307,7 @@ class BenchTrainConfig(BenchConfig):
 
     document_tokens: int = setting(128, "random tokens of each document", minimum=2)
     block_tokens: int = setting(2048, "tokens of the packed block that goes through the model at once", minimum=2)
-    lora_r: int = setting(16, "rank of the adapters", minimum=1)
+    lora_r: int = setting(16, "rank of the adapters", minimum=1, maximum=65536)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ CHECKSUM = "crc32"
 SEAL = re.compile(rb',\s+"crc32": "([0-9a-f]{8})"\s*}\s*\Z')
 SEAL_BYTES = 40  # at most
 RESTORE = "restore or remove the file"
-LARGEST = 1e30  # more than anything counted or measured here, and products of a few such numbers stay finite
+LARGEST = 1e60  # more than anything counted or measured here (a loss that diverges in fp32 too), and products of a few stay finite
 SHOWN = 60  # characters of a value that is wrong
 
 
@@ -72,7 +72,7 @@ def _is_moment(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Finite, and small enough to be reckoned with."""
-    return type(value) in (int, float) and abs(value) < LARGEST  # no comparison holds for what is not a number
+    return type(value) in (int, float) and abs(value) <= LARGEST  # no comparison holds for what is not a number
 
 
 def one_of(*names: str) -> Leaf:

@@ -33,6 +33,7 @@ BOUNDS = (
     ("below", "less than", operator.lt),
 )
 LARGEST_INT = 2**63
+LARGEST = 1e30  # of a number: more than anybody means, and far from where fp32 ends
 ConfigType = TypeVar("ConfigType", bound="Settings")
 
 
@@ -105,6 +106,8 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if isinstance(value, (int, float)):
         if value != value or value in (float("inf"), float("-inf")):
             raise UsageError("must be a finite number", where=where, fix="give a number")
+        if abs(value) > LARGEST:
+            raise UsageError("out of range", where=where, fix=f"give a value of at most {LARGEST:g}")
         for name, text, holds in BOUNDS:
             if rule[name] is not None and not holds(value, rule[name]):
                 raise UsageError("out of range", where=where, fix=f"give a value of {text} {rule[name]}")
