@@ -2,7 +2,7 @@
 
 import sys
 
-from lorabatch.cli import run_command
+from lorabatch.__main__ import start
 
 if __name__ == "__main__":
-    sys.exit(run_command("infer", sys.argv[1:], prog="infer_batch.py"))
+    sys.exit(start("infer", prog="infer_batch.py"))

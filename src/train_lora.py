@@ -2,7 +2,7 @@
 
 import sys
 
-from lorabatch.cli import run_command
+from lorabatch.__main__ import start
 
 if __name__ == "__main__":
-    sys.exit(run_command("train", sys.argv[1:], prog="train_lora.py"))
+    sys.exit(start("train", prog="train_lora.py"))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +154,42 @@ def test_a_line_that_is_no_completion_is_named(line, tiny_llama_dir, prompts, tm
     assert infer(tiny_llama_dir, prompts, out, "--resume") == 65
     assert "completions.jsonl:10: " in capsys.readouterr().err
     assert (out / "completions.jsonl").read_text() == lengthened_by
+
+
+OLD = ("--temperature", 0.7, "--output_format", "openai")
+
+
+def killed_at_a_removal(number, *words):
+    """Run in a process of its own that dies at its n-th removal of a file; False if it had none so late."""
+    child = os.fork()
+    if child == 0:
+        unlink, seen = Path.unlink, []
+
+        def dying(self, missing_ok=False):
+            seen.append(self)
+            if len(seen) == number:
+                os._exit(9)
+            unlink(self, missing_ok=missing_ok)
+
+        Path.unlink = dying
+        infer(*words)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # that it has threads and forks: the child loads no model
+def test_a_kill_while_an_earlier_run_is_removed_leaves_no_mixture(tiny_llama_dir, prompts, tmp_path, capsys):
+    old, out = tmp_path / "old", tmp_path / "out"
+    assert infer(tiny_llama_dir, prompts, old, *OLD) == 0 and infer(tiny_llama_dir, prompts, tmp_path / "new") == 0
+    (old / "notes.txt").write_text("the user's own")
+    for number in range(1, 7):
+        shutil.copytree(old, out)
+        assert killed_at_a_removal(number, tiny_llama_dir, prompts, out, "--overwrite"), "the run removes at least six names"
+        assert infer(tiny_llama_dir, prompts, out) == 64
+        assert "add --resume" in capsys.readouterr().err
+        left = {p.name for p in out.iterdir()}
+        if infer(tiny_llama_dir, prompts, out, "--resume") == 64:
+            assert "completions.jsonl" in left and infer(tiny_llama_dir, prompts, out, "--overwrite") == 0
+        assert texts(out) == texts(tmp_path / "new") and not (out / "batch_output.jsonl").exists()
+        assert (out / "notes.txt").read_text() == "the user's own"
+        shutil.rmtree(out)

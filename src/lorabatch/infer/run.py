@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from lorabatch.model.lora import LoraWeights
 
 
+SUMMARIES = ("metrics.json", "batch_output.jsonl")
+OUTPUTS = ("completions.jsonl", "system.jsonl", *SUMMARIES)
+
+
 def default_output_dir(config: InferConfig) -> Path:
     model = (merged_adapter(config) or Path(config.base_model)).name.removesuffix(".gguf")
     return Path("results") / f"infer-{model}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -52,6 +56,8 @@ def run_inference(config: InferConfig, command: list[str], kept: Kept | None = N
         raise DataError("no such folder", where=f"--adapter_dir {adapter_dir}", fix="train first, or leave the flag out for the base model")
     source = hub.find_model(config.base_model)
     output_dir = Path(config.output_dir) if config.output_dir else default_output_dir(config)
+    if not (config.resume or config.overwrite):
+        _refuse_remains(output_dir)
     run = RunFolder.create(
         output_dir,
         kind="infer",
@@ -79,6 +85,14 @@ def run_inference(config: InferConfig, command: list[str], kept: Kept | None = N
     if not tally.completed:
         raise DataError(f"all {tally.failed} requests failed", where=output_dir / "completions.jsonl", fix="see the 'error' of its lines")
     return 0
+
+
+def _refuse_remains(folder: Path) -> None:
+    """Outputs without their run.json are of a run that was killed while --overwrite removed it, or half a copy: nothing to add to."""
+    found = [name for name in OUTPUTS if (folder / name).exists()]
+    if found and not (folder / "run.json").exists():
+        fix = "add --resume to go on with it, --overwrite to replace it, or choose another --output_dir"
+        raise UsageError(f"holds {', '.join(found)} of an earlier run without its run.json", where=folder, fix=fix)
 
 
 def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> Loaded:
@@ -169,6 +183,9 @@ def _infer(
         phases.end("load")
         completions = run.path / "completions.jsonl"
         tally = sink.finished_earlier(completions, prompts, loaded.work_key, retry_failed=config.retry_failed)
+        if 0 in tally.done:  # until the end there is nothing that these could be of but an earlier state
+            for name in SUMMARIES:
+                (run.path / name).unlink(missing_ok=True)
         passes: list[metrics.Pass] = []
         with run.jsonl(completions.name) as writer, sink.Completions(writer) as file:
             work = Work(prompts, kept, config, tally, file)
