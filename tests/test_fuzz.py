@@ -204,7 +204,7 @@ def test_compare(home, data):
 REPORTED = [*COMPARED, "train/system.jsonl", "infer/completions.jsonl", "infer/system.jsonl"]
 
 
-@examples(6, 120)
+@examples(6, 30)
 def test_report(home, data):
     with damaged_copy(home, REPORTED, data) as (copy, path, _, _):
         check(["report", copy / "a.json" if path.name == "a.json" else path.parent, "--output_dir", copy / "report"])
@@ -218,7 +218,7 @@ def test_sweep(home, data):
             assert "| 1 | 0.0002 | 2.5000 |" in out and "| 2 | 0.0001 | 3.5000 |" in out
 
 
-@examples(6, 250)
+@examples(6, 350)
 def test_site_files_and_toml(home, data):
     """Text files: whatever stands in them, one line says so."""
     root = Path(__file__).parents[1]
@@ -235,7 +235,7 @@ def test_site_files_and_toml(home, data):
         check(["submit", *what, "--site", paths["site.env"], "--dry_run", "--run_dir", f"{folder}/run", "--time", "20"])
 
 
-@examples(4, 40)
+@examples(4, 15)
 def test_infer_goes_on_and_loses_nothing(home, tiny_llama_dir, data):
     files = ["infer/completions.jsonl", "infer/completions.jsonl", "infer/run.json", "infer/metrics.json"]
     with damaged_copy(home, files, data) as (copy, path, before, flipped):
@@ -256,7 +256,7 @@ SHARD = [
 ]
 
 
-@examples(4, 60)
+@examples(4, 30)
 def test_shards_merge_every_request_once(home, tiny_llama_dir, data):
     with damaged_copy(home, ["shards/plan.json", "shards/run.json", *SHARD], data) as (copy, _, _, _):
         words = infer_words(home, tiny_llama_dir, copy / "shards", "--shards", 1)
@@ -269,7 +269,7 @@ def test_shards_merge_every_request_once(home, tiny_llama_dir, data):
 STATE = [f"killed/checkpoints/step-00000002/{name}" for name in ("COMPLETE", "state.json", "state.safetensors")]
 
 
-@examples(4, 40)
+@examples(4, 15)
 def test_training_goes_on_to_the_same_bits(home, tiny_llama_dir, data):
     files = [*STATE, "killed/run.json", "killed/events.jsonl"]
     with damaged_copy(home, files, data) as (copy, path, _, _):
