@@ -55,12 +55,12 @@ class HfModel:
         base = fingerprint(spec, tensors)
         del tensors
         # An adapter is merged in fp32 and cast once, as the native backend does.
-        model = cls(from_pretrained(folder, torch.float32 if adapter_dir else dtype), device)
-        model.base_fingerprint = base
+        network, adapter = from_pretrained(folder, torch.float32 if adapter_dir else dtype), None
         if adapter_dir is not None:
-            model.adapter = load_adapter(adapter_dir, model.linear_shapes, base_fingerprint=base)
-            model._merge(model.adapter)
-        model.model = model.model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+            adapter = load_adapter(adapter_dir, _linear_shapes(network), base_fingerprint=base)
+            _merge(network, adapter)
+        model = cls(network.to(device=device, dtype=dtype).requires_grad_(False).eval(), device)
+        model.adapter, model.base_fingerprint = adapter, base
         for name, parameter in model.model.named_parameters():
             if not is_finite(parameter):
                 raise DataError(f"'{name}' holds values that are not finite in {dtype}", where=folder, fix="restore the weights")
@@ -68,24 +68,7 @@ class HfModel:
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Path -> (O, I) of every layer that can carry an adapter: not a head that is the embedding's own weight."""
-        return {path: (len(weight), weight.shape[1]) for path, weight in self._linears()}
-
-    def _linears(self) -> Iterator[tuple[str, Tensor]]:
-        """(path, weight [O, I]) of each; of a Conv1D, which stores [I, O], a view."""
-        embedding = self.model.get_input_embeddings().weight
-        for path, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and module.weight is not embedding:
-                yield path, module.weight
-            elif type(module).__name__ == "Conv1D":
-                yield path, module.weight.t()
-
-    @torch.no_grad()
-    def _merge(self, adapter: LoraWeights) -> None:
-        for path, weight in self._linears():
-            delta = adapter.delta(path)
-            if delta is not None:
-                weight.add_(delta)
+        return _linear_shapes(self.model)
 
     def attach(self, settings: LoraSettings, *, seed: int) -> AdapterSet:
         """Fresh peft adapters whose parameters live in one flat buffer."""
@@ -204,6 +187,28 @@ def import_peft() -> Any:
     except ImportError:
         raise UnavailableError("the hf backend needs the package peft for adapters", fix="run: pip install peft") from None
     return peft
+
+
+def _linears(network: Any) -> Iterator[tuple[str, Tensor]]:
+    """(path, weight [O, I]) of every layer that can carry an adapter: not a head that is the embedding's own weight. Of a Conv1D, a view."""
+    embedding = network.get_input_embeddings().weight
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:
+            yield path, module.weight
+        elif type(module).__name__ == "Conv1D":
+            yield path, module.weight.t()
+
+
+def _linear_shapes(network: Any) -> dict[str, tuple[int, int]]:
+    return {path: (len(weight), weight.shape[1]) for path, weight in _linears(network)}
+
+
+@torch.no_grad()
+def _merge(network: Any, adapter: LoraWeights) -> None:
+    for path, weight in _linears(network):
+        delta = adapter.delta(path)
+        if delta is not None:
+            weight.add_(delta)
 
 
 def from_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +77,8 @@ def load_model(
     product: makes the native decoder's products from their weights; None: the fastest of this device.
     """
     with reading("the model cannot be used", where=source.path, fix="is it a causal language model, and complete?"):
-        identity = ThreadPoolExecutor(1).submit(
-            hub.model_sha256, source.path
-        )  # beside the loading; from the second time on it costs nothing
         model = _load_model(source, config, backend=backend, dtype=dtype, device=device, adapter_dir=adapter_dir, product=product)
-        model.identity = identity.result()
+        model.identity = hub.model_sha256(source.path)  # read once for each version of a file
     return model
 
 
