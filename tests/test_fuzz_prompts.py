@@ -37,7 +37,7 @@ LEGAL = {
     "frequency_penalty": st.sampled_from([-2.0, TINY, 2]),
     "seed": st.sampled_from([0, 2**64, 10**300]),
     "stop": st.sampled_from(["e", ["a", "fever"], [], "\ud83d"]),
-    "stop_token_ids": st.sampled_from([[], [0], [5, 2**80], 7, [-3]]),
+    "stop_token_ids": st.sampled_from([[], [0], [5, 2**80], 7]),
     "ignore_eos": st.booleans(),
     "logprobs": st.sampled_from([0, 1, 20]),
     "n": st.sampled_from([1, 2, 3]),
@@ -103,11 +103,7 @@ def flags(draw):
     """Some flags with a legal value, one perhaps with any value."""
     chosen = draw(st.dictionaries(st.sampled_from(sorted(FLAGS)), st.none(), max_size=2))
     words = [f"--{name}={draw(FLAGS[name])}" for name in chosen if name not in ("ignore_eos", "n", "max_new_tokens")]
-    more = draw(
-        st.sampled_from(
-            [*sorted(FLAGS), "batch_size", "rows", "max_len", "prefill_tokens", "order", "long_prompt", "adapters", None, None, None]
-        )
-    )
+    more = draw(st.sampled_from([*sorted(FLAGS), "batch_size", "rows", "max_len", "prefill_tokens", "order", "adapters", *[None] * 60]))
     if more:
         words.append(
             f"--{more}={draw(st.one_of(st.sampled_from(['', 'x', 'nan', '-1', '1e999', '0:1', '1:2', '9:99', 'a=b', '3']), odd.map(str)))}"
@@ -154,7 +150,7 @@ def check_prompts(model, folder, capsys, content, words, name):
             if line.answers is not None:
                 mine = [r for r in found if r["index"] == index]
                 assert [r["sample"] for r in sorted(mine, key=lambda r: r["sample"])] == list(range(line.answers))
-                assert all(r["error"] is None for r in mine) or "stop" in line.content.decode(), mine
+                assert all(r["error"] is None for r in mine), mine
 
 
 def check_documents(model, folder, capsys, content, name):

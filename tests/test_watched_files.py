@@ -68,11 +68,26 @@ def lengthened(path):
         file.write(b"Patient 10 reports\n")
 
 
-DAMAGES = {"removed": lambda p: p.unlink(), "truncated": lambda p: os.truncate(p, 5), "replaced": replaced, "lengthened": lengthened}
+def removed(path):
+    path.unlink()
 
 
-@pytest.mark.parametrize("count", [4, 9], ids=["midway", "last"])
-@pytest.mark.parametrize("damage", [*DAMAGES.values(), edited], ids=[*DAMAGES, "edited"])
+def truncated(path):
+    os.truncate(path, 5)
+
+
+WHEN = [
+    (removed, 4),
+    (truncated, 4),
+    (replaced, 4),
+    (lengthened, 4),
+    (edited, 4),
+    (removed, 9),
+    (edited, 9),
+]  # after that many of 9 records
+
+
+@pytest.mark.parametrize(("damage", "count"), WHEN, ids=lambda x: x if isinstance(x, int) else x.__name__)
 def test_completions_that_somebody_else_changes_end_the_run(damage, count, tiny_llama_dir, prompts, tmp_path, after, capsys):
     out = tmp_path / "out"
     after(count, lambda: damage(out / "completions.jsonl"))
@@ -81,8 +96,7 @@ def test_completions_that_somebody_else_changes_end_the_run(damage, count, tiny_
     assert run_record(out)["status"] == "failed"
 
 
-@pytest.mark.parametrize("count", [4, 9], ids=["midway", "last"])
-@pytest.mark.parametrize("damage", [*DAMAGES.values(), edited], ids=[*DAMAGES, "edited"])
+@pytest.mark.parametrize(("damage", "count"), WHEN, ids=lambda x: x if isinstance(x, int) else x.__name__)
 def test_prompts_that_change_end_the_run(damage, count, tiny_llama_dir, prompts, tmp_path, after, capsys):
     out = tmp_path / "out"
     after(count, lambda: damage(prompts))

@@ -78,6 +78,7 @@ class PromptFile:
         return len(self.id_digests)
 
     def __iter__(self) -> Iterator[Request]:
+        self.check_unchanged()
         position = 0
         for index, request in islice(enumerate(self._prompts()), *self._range):
             if index % CHECK_EVERY == 0 or position == self._length:

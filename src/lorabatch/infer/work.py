@@ -89,7 +89,8 @@ class Work:
             latencies = Latencies()
             on_finish = self.on_finish(session, feed, latencies, record=not passes)
             passes.append((session.complete(feed, on_finish, stop_requested=lambda: bool(signals)), latencies))
-            feed = self.feed(mask, record=False)
+            if len(passes) < config.iters:
+                feed = self.feed(mask, record=False)
         self.num_slots = max(self.num_slots, session.num_slots)
         return passes
 
