@@ -255,6 +255,8 @@ sys.exit(main({argv!r}))
 
 
 def test_out_of_memory_halves_the_slots_and_goes_on(tmp_path):
+    if why := unsupported(native(tiny_model("llama")).spec, torch.float32, torch.device("cpu")):
+        pytest.skip(f"{why}: oneDNN, which serves then, ends the process where malloc fails")
     model = save_model(tiny_model("llama", max_position_embeddings=8192), tmp_path / "model")
     slot_bytes = 8100 * 2 * LLAMA["num_hidden_layers"] * LLAMA["num_key_value_heads"] * 16 * 4
     prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": f"bed {i}"} for i in range(100)])

@@ -9,6 +9,7 @@ import pytest
 
 from lorabatch.cli import main
 from lorabatch.infer.work import Work
+from lorabatch.schema import sealed
 
 PROMPTS = "".join(f"Patient {i} reports\n" for i in range(9))
 
@@ -153,21 +154,21 @@ def test_of_a_failure_and_a_completion_the_completion_stays(tiny_llama_dir, prom
     assert infer(tiny_llama_dir, prompts, out) == 0
     path = out / "completions.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    failed = json.dumps(json.loads(lines[3]) | {"error": "lost", "text": ""}) + "\n"
+    failed = sealed(json.loads(lines[3]) | {"error": "lost", "text": ""}).decode() + "\n"
     path.write_text("".join([failed, *lines]))
     assert infer(tiny_llama_dir, prompts, out, "--resume") == 0
     assert path.read_text() == "".join(lines) and run_record(out)["failed"] == 0
 
 
 @pytest.mark.parametrize("line", ['{"id": "1"}', "[]", '{"id": "1", "sample": 0, "key": "no number", "error": null, "text": "a"}', '"x"'])
-def test_a_line_that_is_no_completion_is_named(line, tiny_llama_dir, prompts, tmp_path, capsys):
+def test_a_line_that_is_no_completion_is_put_aside(line, tiny_llama_dir, prompts, tmp_path, capsys):
     out = tmp_path / "out"
     assert infer(tiny_llama_dir, prompts, out) == 0
-    lengthened_by = (out / "completions.jsonl").read_text() + line + "\n"
-    (out / "completions.jsonl").write_text(lengthened_by)
-    assert infer(tiny_llama_dir, prompts, out, "--resume") == 65
-    assert "completions.jsonl:10: " in capsys.readouterr().err
-    assert (out / "completions.jsonl").read_text() == lengthened_by
+    before = (out / "completions.jsonl").read_text()
+    (out / "completions.jsonl").write_text(before + line + "\n")
+    assert infer(tiny_llama_dir, prompts, out, "--resume") == 0
+    assert "1 damaged lines moved to completions.jsonl.damaged" in capsys.readouterr().err
+    assert (out / "completions.jsonl").read_text() == before and (out / "completions.jsonl.damaged").read_text() == line + "\n"
 
 
 OLD = ("--temperature", 0.7, "--output_format", "openai")

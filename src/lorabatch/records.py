@@ -148,15 +148,18 @@ class JsonlWriter:
             if position != content_end:
                 file.truncate(position)
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        line = memoryview(sealed(record) + b"\n")
+    def write(self, record: Mapping[str, Any]) -> bytes:
+        """Returns the line as it was written."""
+        line = sealed(record) + b"\n"
+        left = memoryview(line)
         with writing(self.path):
-            while line:  # one system call, unless the disk is nearly full
-                line = line[self._file.write(line) :]
+            while left:  # one system call, unless the disk is nearly full
+                left = left[self._file.write(left) :]
             now = time.perf_counter()
             if now - self._last_fsync >= self._fsync_every_s:
                 os.fsync(self._file.fileno())
                 self._last_fsync = now
+        return line
 
     def sync(self) -> int:
         """Flush to the disk itself; returns the length of the file in bytes."""

@@ -102,44 +102,44 @@ class Completions:
 
     def __init__(self, writer: JsonlWriter) -> None:
         self._writer, self._path = writer, writer.path
-        self._file: BinaryIO = self._path.open("rb")
-        self._state, self._checksum = self._seen(), _checksum(self._file)
+        with self._path.open("rb") as file:
+            self._checksum, known = _checksum(file), os.fstat(file.fileno())
+        self._state = (known.st_dev, known.st_ino, known.st_size)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._check(self._seen())
-        self._writer.write(record)
-        self._checksum = _checksum(self._file, self._checksum)  # goes on behind what it read last
-        self._state = os.fstat(self._file.fileno())
+        self._check(self._seen() == self._state)
+        line = self._writer.write(record)
+        self._checksum = zlib.crc32(line, self._checksum)
+        self._state = (*self._state[:2], self._state[2] + len(line))
 
     def __enter__(self) -> Completions:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Read the whole file once more: a change may leave its size as it was."""
-        with self._file:
-            if kind is None:
-                self._check(self._seen())
-                self._file.seek(0)
-                if _checksum(self._file) != self._checksum:
-                    self._check(None)
+        if kind is None:
+            self._check(self._seen() == self._state)
+            with self._path.open("rb") as file:
+                self._check(_checksum(file) == self._checksum)
 
-    def _seen(self) -> os.stat_result | None:
+    def _seen(self) -> tuple[int, int, int] | None:
         try:
-            return self._path.stat()
+            now = self._path.stat()
         except OSError:
             return None
+        return now.st_dev, now.st_ino, now.st_size
 
-    def _check(self, seen: os.stat_result | None) -> None:
-        known = self._state
-        if seen is None or known is None or (seen.st_dev, seen.st_ino, seen.st_size) != (known.st_dev, known.st_ino, known.st_size):
+    def _check(self, same: bool) -> None:
+        if not same:
             fix = "keep other programs away from it and begin again with --overwrite, or restore it and go on with --resume"
             raise LorabatchError("changed, replaced or removed during the run", where=self._path, fix=fix)
 
 
-def _checksum(file: BinaryIO, start: int = 0) -> int:
+def _checksum(file: BinaryIO) -> int:
+    checksum = 0
     while block := file.read(1 << 20):
-        start = zlib.crc32(block, start)
-    return start
+        checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def lines_in_input_order(path: Path) -> Iterator[bytes]:

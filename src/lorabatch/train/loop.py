@@ -30,7 +30,7 @@ from lorabatch.train.ranks import ALONE, Ranks
 from lorabatch.train.schedule import learning_rate, warmup_steps
 from lorabatch.train.state import Learner, TrainState
 
-Sink = Callable[[Mapping[str, Any]], None]
+Sink = Callable[[Mapping[str, Any]], object]
 # Yields documents (sent: the sum of their losses, once their gradient is in the learner's buffer) until there is an update,
 # then None (sent: the seconds of the step).
 Steps = Generator[Sequence[TokenDocument] | None, float, Any]
