@@ -11,7 +11,7 @@ from lorabatch.cli import main
 from lorabatch.cluster.claims import try_claim
 from lorabatch.errors import DataError, LorabatchError, visible
 from lorabatch.measure.scaling import bench_record, estimate
-from lorabatch.records import JsonlWriter, mend, read_json, read_jsonl, write_json
+from lorabatch.records import RUN_FILES, RUN_FOLDERS, RUN_OUTPUTS, JsonlWriter, RunFolder, mend, read_json, read_jsonl, write_json
 from lorabatch.schema import CHECKSUM, KINDS, NewerRecord, check, parsed, sealed
 from lorabatch.train import checkpoint
 
@@ -325,3 +325,14 @@ def test_a_checkpoint_whose_record_has_another_type_gives_way(trained, tmp_path,
     assert main([*flags, "--save_dir", str(run), "--resume", "auto"]) == 0
     out = capsys.readouterr()
     assert "skipped a damaged checkpoint" in out.err and "'events_bytes' is 'many'" in out.err and "(step 0)" in out.out
+
+
+@pytest.mark.parametrize("kind", ["train", "infer"])
+def test_overwrite_begins_with_nothing_of_an_earlier_run(kind, tmp_path):
+    for name in (*RUN_FILES, *RUN_OUTPUTS[kind], "notes.txt", *(f"{folder}/x" for folder in RUN_FOLDERS[kind])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("an earlier run's")
+    write_json(tmp_path / "run.json", RUN | {"kind": kind})
+    facts = {"kind": kind, "config": {}, "command": [], "environment": {}, "folder_flag": "--save_dir"}
+    RunFolder.create(tmp_path, overwrite=True, **facts).finish("completed")
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "notes.txt", ".lock"}

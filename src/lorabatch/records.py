@@ -29,6 +29,12 @@ from lorabatch.schema import KINDS, RESTORE, SCHEMA_VERSION, NewerRecord, parsed
 from lorabatch.schema import dumps as dumps  # for those who know files only
 
 RUN_FILES = ("run.json", "events.jsonl", "completions.jsonl", "system.jsonl", "metrics.json")
+# What else a run leaves in its folder, by its kind: --overwrite removes it, and nothing of the user's.
+RUN_OUTPUTS = {
+    "train": ("adapter_config.json", "adapter_model.safetensors", "lorabatch.json"),
+    "infer": ("batch_output.jsonl", "completions.jsonl.damaged", "plan.json"),
+}
+RUN_FOLDERS = {"train": ("best", "last", "checkpoints"), "infer": ("shards",)}
 
 
 def utc_now() -> str:
@@ -252,9 +258,9 @@ class RunFolder:
                 pass
         lock = None if shared else _locked(path, folder_flag)
         if overwrite and not resume:
-            for name in (*RUN_FILES, "completions.jsonl.damaged"):
+            for name in (*RUN_FILES, *RUN_OUTPUTS[kind]):
                 (path / name).unlink(missing_ok=True)
-            for name in ("best", "last", "checkpoints"):
+            for name in RUN_FOLDERS[kind]:
                 shutil.rmtree(path / name, ignore_errors=True)
         record = {
             "schema_version": SCHEMA_VERSION,

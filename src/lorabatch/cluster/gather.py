@@ -19,7 +19,7 @@ from lorabatch.errors import DataError
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.ranges import completions
 from lorabatch.infer.requests import Request
-from lorabatch.infer.sink import write_openai_file
+from lorabatch.infer.sink import Tally, write_openai_file
 from lorabatch.measure.statistics import rate, summary
 from lorabatch.records import RunFolder, read_json, replacing, write_json
 from lorabatch.schema import sealed
@@ -53,7 +53,7 @@ def merge(folder: Path, config: InferConfig, prompts: PromptFile, shards: Sequen
     if len(models) > 1:
         raise DataError(f"shards were computed with {len(models)} different models", where=folder, fix=AGAIN)
     work_keys = {key for parts in done for _, part in parts for key in part.get("work_keys", ())}
-    totals, requests = _Totals(), iter(prompts)
+    totals, requests = _Totals(len(prompts)), iter(prompts)
     request = next(requests, None)
     with replacing(folder / "completions.jsonl") as file:
         for shard, parts, end in zip(shards, done, plan["bounds"][1:], strict=True):
@@ -73,13 +73,14 @@ def merge(folder: Path, config: InferConfig, prompts: PromptFile, shards: Sequen
         path, adapters = folder / "batch_output.jsonl", [entry.partition("=")[0] for entry in config.adapters]
         write_openai_file(path, folder / "completions.jsonl", model=config.base_model, created=int(time.time()), adapters=adapters)
     shared = {k: runs[0].get(k) if runs else None for k in ("model", "device", "dtype", "threads", "backend", "gpu")}
-    RunFolder(folder, record).finish("completed", failed=totals.failed, **shared)
-    counts = f"{totals.completed} completed, {totals.failed} failed of {len(prompts)}"
+    RunFolder(folder, record).finish("completed", **totals.tally.counts(), **shared)
+    totals.tally.warn()
+    counts = f"{totals.tally.completed} completed, {totals.tally.failed} failed of {len(prompts)}"
     print(f"{counts}, every request exactly once: {folder / 'completions.jsonl'}")
     if totals.quarantined:
         fix = "run the same command with --retry_failed to try once more"
         print(f"in quarantine, because their processes died: {', '.join(totals.quarantined)}; {fix}")
-    if not totals.completed:
+    if not totals.tally.completed:
         raise DataError("every request failed", where=folder / "completions.jsonl", fix="see the 'error' of its lines")
 
 
@@ -132,18 +133,17 @@ class _Others:
 class _Totals:
     """Counts and latencies over all completions."""
 
-    def __init__(self) -> None:
-        self.completed = self.failed = self._tokens_in = self._tokens_out = 0
+    def __init__(self, num_requests: int) -> None:
+        self.tally, self._tokens_in, self._tokens_out = Tally(bytearray(num_requests)), 0, 0
         self.quarantined: list[str] = []  # prompts: each once, however many completions it owes
         self._times: dict[str, list[float]] = {"queue_ms": [], "ttft_ms": [], "tpot_ms": [], "e2el_ms": []}
 
     def add(self, record: Record) -> None:
+        self.tally.add(record)
         if record["error"] is not None:
-            self.failed += 1
             if record["key"] == NO_KEY and self.quarantined[-1:] != [record["id"]]:
                 self.quarantined.append(record["id"])
             return
-        self.completed += 1
         tokens = record["output_tokens"]
         self._tokens_in += record["input_tokens"]
         self._tokens_out += tokens
@@ -165,11 +165,11 @@ class _Totals:
             "iterations": 1,
             "duration_s": wall_s,
             "processes_s": sum(busy),
-            "completed": self.completed,
-            "failed": self.failed,
+            "completed": self.tally.completed,
+            **self.tally.counts(),
             "total_input_tokens": self._tokens_in,
             "total_output_tokens": self._tokens_out,
-            "request_throughput": rate(self.completed, wall_s),
+            "request_throughput": rate(self.tally.completed, wall_s),
             "output_throughput": rate(self._tokens_out, wall_s),
             "total_token_throughput": rate(self._tokens_in + self._tokens_out, wall_s),
             "tokens_per_s": rate(self._tokens_out, wall_s),

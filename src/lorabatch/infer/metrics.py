@@ -62,9 +62,7 @@ def metrics(
     model: Model,
     startup_s: Mapping[str, float],
     *,
-    failed: int,
-    not_finite: int,
-    empty: int,
+    counts: Mapping[str, int],
     num_slots: int,
     iterations: int,
     quantize: str,
@@ -72,7 +70,7 @@ def metrics(
 ) -> dict[str, Any]:
     """``metrics.json``: counts and times are sums over all measured repetitions, latencies are pooled.
 
-    ``startup_s``: seconds of each phase before the first request could run. ``adapter_bytes``: of one unmerged adapter, on average.
+    ``startup_s``: seconds of each phase before the first request could run. ``counts``: of ``sink.Tally``. ``adapter_bytes``: of one unmerged adapter, on average.
     """
     stats, latencies = [s for s, _ in passes], [x for _, x in passes]
 
@@ -90,9 +88,7 @@ def metrics(
         "startup_s": sum(startup_s.values()),
         **{f"startup_{name}_s": seconds for name, seconds in startup_s.items()},
         "completed": completed,
-        "failed": failed,
-        "not_finite": not_finite,
-        "empty": empty,
+        **counts,
         "total_input_tokens": total_in,
         "total_output_tokens": total_out,
         "request_throughput": rate(completed, duration),

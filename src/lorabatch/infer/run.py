@@ -77,8 +77,7 @@ def run_inference(config: InferConfig, command: list[str], kept: Kept | None = N
                     where=output_dir,
                     fix="run the same command with --resume and this --output_dir to go on",
                 )
-        counts = {"failed": tally.failed, "not_finite": tally.not_finite, "empty": tally.empty}
-        run.finish("completed" if tally.completed else "failed", **counts)
+        run.finish("completed" if tally.completed else "failed", **tally.counts())
     except BaseException as error:
         run.end_with(error)
         raise
@@ -213,9 +212,7 @@ def _infer(
         passes,
         loaded.model,
         phases.seconds,
-        failed=tally.failed,
-        not_finite=tally.not_finite,
-        empty=tally.empty,
+        counts=tally.counts(),
         num_slots=work.num_slots,
         iterations=config.iters,
         quantize=config.quantize,

@@ -43,6 +43,10 @@ class Tally:
         self.completed += error is None
         self.empty += error is None and not record["text"].strip()
 
+    def counts(self) -> dict[str, int]:
+        """Of what deserves a look."""
+        return {"failed": self.failed, "not_finite": self.not_finite, "empty": self.empty}
+
     def warn(self) -> None:
         """A model that says nothing, or nothing that is a number, is not passed over in silence."""
         if self.not_finite:

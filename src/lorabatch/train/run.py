@@ -105,11 +105,6 @@ def _run_all(plans: list[_Plan], command: list[str], work: _Work) -> int:
         for plan in plans:
             facts: Any = {"config": plan.config.to_dict(), "command": command, "environment": here}
             runs.append(RunFolder.create(plan.folder, resume=plan.config.resume is not None, **facts, **flags))
-            if work.config.overwrite:  # at once: a kill before the first save must not leave the earlier run's adapter
-                from lorabatch.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
-
-                for name in (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE):
-                    (plan.folder / name).unlink(missing_ok=True)
         errors = [error for error in _train(plans, runs, work) if error]
     except BaseException as error:
         for run in runs:
