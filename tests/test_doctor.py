@@ -44,7 +44,7 @@ def test_this_machine_is_fit_and_says_so_as_text_and_json(tmp_path, capsys, tiny
     assert "matrix product exact" in capsys.readouterr().out
     assert main([*flags, "--json"]) == 0
     checks = {f["check"] for f in json.loads(capsys.readouterr().out)["findings"]}
-    assert checks >= {"python", "torch", "cpu", "threads", "memory", "disk", "offline", "model", "slurm"}
+    assert checks >= {"python", "torch", "cpu", "kernels", "threads", "memory", "disk", "offline", "model", "slurm"}
 
 
 @pytest.mark.slow
@@ -67,6 +67,20 @@ def test_a_device_that_computes_wrongly_or_not_at_all_fails(probed):
     assert "3 wrong entries" in findings(doctor._torch)["gpu", "FAIL"]
     probed(CPU | {"error": "illegal instruction"})
     assert "illegal instruction" in findings(doctor._torch)["cpu", "FAIL"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "lacking", "independent", "level", "words"),
+    [
+        ("vnni", {"amx": "the operating system does not permit tiles"}, True, "ok", "vnni; not amx: the operating system does not permit tiles"),
+        (None, {"amx": "x", "avx512": "the processor has no avx512bw"}, True, "ok", "torch's own operators serve (the processor has no avx512bw)"),
+        (None, {"amx": "x", "avx512": "no C++ compiler on the PATH"}, True, "warn", "give it a C++ compiler"),
+        (None, {"kernels": "turned off (LORABATCH_KERNELS=off)"}, False, "warn", "depend on how many requests run at once here"),
+    ],
+)  # fmt: skip
+def test_the_kernels_that_serve_and_why_not_better_ones(probed, variant, lacking, independent, level, words):
+    probed(CPU | {"kernels": {"variant": variant, "why_not": lacking}, "rows_are_independent": independent})
+    assert words in findings(doctor._torch)["kernels", level]
 
 
 def test_fewer_gpus_than_the_job_has(probed, monkeypatch):

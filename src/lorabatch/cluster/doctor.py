@@ -95,6 +95,7 @@ def _torch(config: DoctorConfig) -> Iterator[Finding]:
         yield Finding("torch", "ok", text)
     cpu, *gpus = found["devices"]
     yield _device(cpu, "cpu", f"{cpu.get('dtype')}")
+    yield from _kernels(cpu)
     if not config.no_cuda:
         yield from _gpus(config, found, gpus)
 
@@ -127,6 +128,22 @@ def _device(device: dict[str, Any], check: str, text: str) -> Finding:
         wrong = f"{device['wrong_products']} wrong entries in a matrix product"
         return Finding(check, "FAIL", f"{text}: {wrong}", "the device computes wrongly: try another node, and tell its administrators")
     return Finding(check, "ok", f"{text}, matrix product exact")
+
+
+def _kernels(cpu: dict[str, Any]) -> Iterator[Finding]:
+    """Which variant of our kernels serves on this processor, and what a better one lacks."""
+    if "kernels" not in cpu:  # products do not work at all
+        return
+    variant, lacking = cpu["kernels"]["variant"], cpu["kernels"]["why_not"]
+    if variant is not None:
+        yield Finding("kernels", "ok", "; not ".join([variant, *(f"{name}: {why}" for name, why in lacking.items())]))
+        return
+    why = [*lacking.values()][-1]  # of the variant that asks for least
+    text, expected = f"none, torch's own operators serve ({why})", why.startswith(("the processor", "turned off"))
+    yield Finding("kernels", "ok" if expected else "warn", text, "" if expected else "give it a C++ compiler (CXX) and a cache of its own")
+    if not cpu["rows_are_independent"]:
+        text = f"torch's sums in {cpu['dtype']} depend on how many requests run at once here, and so may a text"
+        yield Finding("kernels", "warn", text, "--dtype fp32 or --deterministic avoids it")
 
 
 def _gpus_asked() -> int:

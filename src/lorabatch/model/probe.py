@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from lorabatch.kernels.facts import facts
 from lorabatch.model.device import TYPE_NAMES, choose_dtype
+from lorabatch.model.linear import rows_are_independent
 
 
 def wrong_products(device: torch.device, dtype: torch.dtype, size: int = 128) -> int:
@@ -57,6 +59,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         found |= {"dtype": TYPE_NAMES[dtype], "wrong_products": wrong_products(device, dtype)}
         if device.type == "cuda":
             found["free_bytes"] = torch.cuda.mem_get_info(device)[0]
+        else:
+            found |= {"kernels": facts(), "rows_are_independent": rows_are_independent(dtype)}
     except RuntimeError as error:
         found["error"] = str(error).splitlines()[0]
     return found
