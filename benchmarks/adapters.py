@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Many adapters in one run: ours in mixed batches, ours merged in turn, peft's ``adapter_names``.
+"""Many adapters in one run: ours in mixed batches, peft's ``adapter_names``.
 
 N random adapters (rank 16, all linear layers) of the base are written once in PEFT's format. Prompts are distinct, request i uses adapter
-i modulo N. Each run is a process of its own; the ways alternate. ``seconds``: from loaded to the last token, for ``merge``
-with the loading and packing of every adapter after the first, which are part of its work. peft's run follows a warm-up of two tokens, ours
+i modulo N. Each run is a process of its own; the ways alternate. ``seconds``: from loaded to the last token. peft's run follows a warm-up of two tokens, ours
 none. Results are appended to one JSON file; benchmarks/tables.py makes the README's table from it.
 
     python benchmarks/adapters.py --adapters 32
@@ -30,14 +29,15 @@ from tables import agreement, results_name
 from lorabatch import hub
 from lorabatch.measure.environment import environment
 from lorabatch.model.load import load_config, load_tokenizer
-from lorabatch.model.lora import LoraSettings, LoraWeights, linear_shapes, save_adapter
+from lorabatch.model.lora import LoraWeights, save_adapter
+from lorabatch.model.lora_settings import LoraSettings
 from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import spec_from_config
 from lorabatch.records import read_jsonl, utc_now, write_json
 
 HERE = Path(__file__).parent
 RANK = 16
-WAYS = ("mixed", "merge", "peft")
+WAYS = ("mixed", "peft")
 COMPARED_TOKENS, COMPARED_REQUESTS = 16, 16  # whose beginnings are kept, to see that all sides do the same work
 
 
@@ -52,7 +52,7 @@ def make_adapters(model: Path, count: int) -> dict[str, Path]:
             generator = torch.Generator().manual_seed(i)
             pairs = {
                 path: (torch.randn(RANK, n_in, generator=generator) * n_in**-0.5, torch.randn(n_out, RANK, generator=generator) * 0.01)
-                for path, (n_out, n_in) in linear_shapes(base.decoder).items()
+                for path, (n_out, n_in) in base.linear_shapes.items()
             }
             weights = LoraWeights(LoraSettings(r=RANK, alpha=2.0 * RANK), pairs)
             save_adapter(folder, weights, base_name=model.name, base_fingerprint=base.base_fingerprint, fan_in_fan_out=False)
@@ -68,7 +68,7 @@ class Work:
         self.names = [f"a{i % options.adapters:03d}" for i in range(options.requests)]
         self.prompts = prompt_texts("distinct", options.requests)
 
-    def mixed(self, *more: str, only: range | None = None) -> dict[str, Any]:
+    def mixed(self, *, only: range | None = None) -> dict[str, Any]:
         """``lorabatch infer`` over the requests (``only`` some), ``--batch_size`` at once."""
         chosen = only or range(len(self.prompts))
         with tempfile.TemporaryDirectory() as scratch:
@@ -94,7 +94,7 @@ class Work:
                 "--threads",
                 self.options.threads,
             ]
-            flags += ["--adapters", *(f"{name}={folder}" for name, folder in self.folders.items()), *more]
+            flags += ["--adapters", *(f"{name}={folder}" for name, folder in self.folders.items())]
             words = [sys.executable, "-m", "lorabatch", "infer", *map(str, flags)]
             subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
             figures = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -109,12 +109,6 @@ class Work:
             "dtype": run["dtype"],
             "peak_rss_bytes": figures["peak_memory_bytes"],
         }
-
-    def merge(self) -> dict[str, Any]:
-        """What the turns after the first load and pack is work, not start-up: a base of one adapter is the start-up."""
-        found = self.mixed("--adapter_mode", "merge")
-        turns = found["phases_s"].get("startup_turns_s", 0.0)
-        return found | {"seconds": found["seconds"] + turns, "startup_s": found["startup_s"] - turns}
 
     def peft(self) -> dict[str, Any]:
         job = {"model": str(self.model), "adapters": {name: str(folder) for name, folder in self.folders.items()}, "names": self.names}

@@ -181,16 +181,16 @@ def train_summary(results: dict[str, Any], language: str) -> str:
 
 def adapters_summary(results: dict[str, Any], language: str) -> str:
     """One line per cell, medians of its rounds (benchmarks/adapters.py); in brackets how many times as fast mixed batches were."""
-    ways = {"mixed": "**lorabatch** mixed", "merge": "lorabatch merged in turn", "peft": "peft `adapter_names`"}
+    ways = {"mixed": "**lorabatch** mixed", "peft": "peft `adapter_names`"}
     cells: dict[tuple[int, ...], dict[str, str]] = {}
     for row in results["summary"]:
         cell = cells.setdefault(tuple(row[n] for n in ("adapters", "requests", "max_new_tokens")), {})
         ratio = "" if row["way"] == "mixed" or row["mixed_ratio"] is None else f" ({row['mixed_ratio']:.2f}x)"
         cell[row["way"]] = f"{row['tokens_per_s']:,.0f}{ratio}, {row['rounds']}"
     words = {"en": "adapters, requests, tokens each", "pt": "adaptadores, pedidos, tokens cada"}[language].split(", ")
-    body = [[*map(str, cell), *(found.get(way, "–") for way in ways)] for cell, found in cells.items()]
+    body = [[*map(str, cell), *(found.get(way, "–") for way in ways)] for cell, found in cells.items() if found.keys() & ways.keys()]
     return markdown(
-        [*words, *(f"{name}: tokens/s, {'rounds' if language == 'en' else 'rodadas'}" for name in ways.values())], body, "rrrrrr"
+        [*words, *(f"{name}: tokens/s, {'rounds' if language == 'en' else 'rodadas'}" for name in ways.values())], body, "rrrrr"
     )
 
 

@@ -79,7 +79,7 @@ def test_recorded_results_count_their_tokens(path):
 def test_the_table_of_adapters_shows_each_way_of_a_cell():
     cell = {"adapters": 4, "requests": 64, "max_new_tokens": 8, "rounds": 2}
     rows = [cell | {"way": w, "tokens_per_s": t, "mixed_ratio": 1000 / t} for w, t in (("mixed", 1000.0), ("peft", 100.0))]
-    assert "| 4 | 64 | 8 | 1,000, 2 | – | 100 (10.00x), 2 |" in tables.adapters_summary({"summary": rows}, "en")
+    assert "| 4 | 64 | 8 | 1,000, 2 | 100 (10.00x), 2 |" in tables.adapters_summary({"summary": rows}, "en")
 
 
 def test_distinct_prompts_are_distinct():

@@ -411,3 +411,11 @@ def test_training_and_inference_make_no_network_call(tiny_llama_dir, corpus, tmp
         result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == 0 and "NETWORK CALL" not in result.stderr + result.stdout, result.stderr
     assert len(completions(tmp_path / "out")) == len(TEXTS)
+
+
+@pytest.mark.parametrize(("name", "instead"), [("adapter_mode", "--adapter_dir merges one"), ("processes", "--shards N")])
+def test_a_setting_that_is_gone_is_refused_with_what_serves_in_its_place(name, instead, tmp_path, capsys):
+    (tmp_path / "old.toml").write_text(f'[infer]\n{name} = "1"\n')
+    for flags in ([f"--{name}", "1"], ["--config", str(tmp_path / "old.toml")]):
+        assert main(["infer", *flags]) == 64
+        assert instead in capsys.readouterr().err

@@ -126,7 +126,7 @@ def test_adapters_that_do_not_fit_in_memory_are_refused(tiny_llama_dir, tmp_path
     (tmp_path / "p.txt").write_text("a\n", encoding="utf-8")
     flags = ["infer", "--base_model", str(tiny_llama_dir), "--prompts", str(tmp_path / "p.txt"), "--output_dir", str(tmp_path / "out")]
     assert main([*flags, "--adapters", *(f"{name}={folder}" for name, folder in adapters.items())]) == 69
-    assert "2 adapters take" in (said := capsys.readouterr().err) and "--adapter_mode merge" in said
+    assert "2 adapters take" in (said := capsys.readouterr().err) and "--adapter_dir" in said
 
 
 def test_what_cannot_be_is_said_in_one_line(tiny_llama_dir, tmp_path, adapters, capsys):
@@ -138,51 +138,19 @@ def test_what_cannot_be_is_said_in_one_line(tiny_llama_dir, tmp_path, adapters, 
         (["--adapters", f"a={folder}", f"a={folder}"], 64, "twice"),
         (["--adapters", f"a={tmp_path / 'none'}"], 65, "no such folder"),
         (["--adapters", f"a={folder}", "--adapter_dir", str(folder)], 64, "not both"),
-        (["--adapters", f"a={folder}", "--backend", "hf"], 69, "not in one batch on the hf backend"),
+        (["--adapters", f"a={folder}", "--backend", "hf"], 69, "not on the hf backend"),
     ):
         assert main([*flags, *more, "--overwrite"]) == code
         assert words in capsys.readouterr().err
-
-
-def test_merged_in_turn_is_each_adapter_dir_alone(tiny_llama_dir, tmp_path, adapters, monkeypatch):
-    """The same texts as --adapter_dir, also when killed after the first adapter; a run does not go on in the other mode."""
-    from lorabatch.infer.session import Session
-
-    bank, names = ["--adapters", *(f"{name}={folder}" for name, folder in adapters.items())], ("cardio", None, "onco")
-    rows, complete = rows_for(names), Session.complete
-    mode = [*bank, "--adapter_mode", "merge", "--batch_size", "2"]
-    calls = []
-
-    def stop_in_the_second_turn(self, *args, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return complete(self, *args, **options)
-
-    monkeypatch.setattr(Session, "complete", stop_in_the_second_turn)
-    with pytest.raises(AssertionError, match="130"):
-        infer(tiny_llama_dir, rows, tmp_path / "merged", *mode)
-    assert len(list(read_jsonl(tmp_path / "merged" / "out" / "completions.jsonl"))) == 3
-    monkeypatch.setattr(Session, "complete", complete)
-    together = infer(tiny_llama_dir, rows, tmp_path / "merged", *mode, "--resume")
-    assert len(together) == 9
-    for name in names:
-        alone = infer(tiny_llama_dir, rows_for((None,)), tmp_path / f"{name}", *(["--adapter_dir", str(adapters[name])] if name else []))
-        assert [together[f"{name}-{i}"]["text"] for i in range(3)] == [alone[f"None-{i}"]["text"] for i in range(3)]
-    flags = ["--base_model", str(tiny_llama_dir), "--prompts", str(tmp_path / "merged" / "prompts.jsonl"), "--dtype", "fp32", "--no_cuda"]
-    options = ["--max_new_tokens", "12", "--ignore_eos", *bank, "--resume", "--output_dir", str(tmp_path / "merged" / "out")]
-    assert main(["infer", *flags, *options]) == 64
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         ("--adapters",),
-        ("--adapters", "--adapter_mode=merge"),
-        ("--adapters", "--adapter_mode=merge", "--backend=hf"),
         ("--adapter_dir", "--backend=hf"),
     ],
-    ids=["mixed", "merge", "hf merge", "hf"],
+    ids=["mixed", "hf"],
 )
 def test_another_alpha_is_another_adapter(tiny_llama_dir, tmp_path, adapters, flags):
     """It lies in adapter_config.json, beside weights that stay the same."""

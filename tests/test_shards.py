@@ -8,13 +8,9 @@ import sys
 import time
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lorabatch.cli import main
 from lorabatch.cluster import child
-from lorabatch.cluster.crew import share_cores
-from lorabatch.errors import UsageError
 
 slow = pytest.mark.slow
 
@@ -283,62 +279,3 @@ def test_failed_requests_of_a_plain_run_are_tried_again_too(words, tmp_path, cap
 @pytest.mark.parametrize("rows", ["3", "5:2", "a:b", "-1:4", "4:4"])
 def test_ranges_that_are_none(words, tmp_path, rows):
     assert main([*words, "--output_dir", str(tmp_path / "out"), f"--rows={rows}"]) == 64
-
-
-def machine(folder, nodes, siblings):
-    """Linux's description of a machine: cores of each NUMA node, and of each physical core."""
-    for i, cores in enumerate(nodes):
-        (folder / f"node/node{i}").mkdir(parents=True)
-        (folder / f"node/node{i}/cpulist").write_text(cores + "\n")
-    for cores in siblings:
-        for core in cores:
-            (folder / f"cpu/cpu{core}/topology").mkdir(parents=True)
-            (folder / f"cpu/cpu{core}/topology/thread_siblings_list").write_text(",".join(map(str, cores)) + "\n")
-    return folder
-
-
-def test_parts_follow_sockets_and_keep_both_threads_of_a_core_together(tmp_path):
-    folder = machine(tmp_path, ["0-3,8-11", "4-7,12-15"], [(i, i + 8) for i in range(8)])
-    every = set(range(16))
-    assert share_cores(every, 0, folder) == [[0, 8, 1, 9, 2, 10, 3, 11], [4, 12, 5, 13, 6, 14, 7, 15]]
-    assert share_cores(every, 4, folder)[:2] == [[0, 8, 1, 9], [2, 10, 3, 11]]
-    assert share_cores({5, 12, 13}, 0, folder) == [[12, 5, 13]], "a node without a usable core gets no process"
-    assert share_cores({1, 2}, 2, tmp_path / "unknown") == [[1], [2]]
-    with pytest.raises(UsageError, match="only 2 cores"):
-        share_cores({1, 2}, 3, folder)
-
-
-@given(st.sets(st.integers(0, 200), min_size=1), st.data())
-def test_every_core_is_in_one_part_and_parts_differ_by_one_core_at_most(cores, data):
-    parts = share_cores(cores, data.draw(st.integers(1, len(cores))), system=child.Path("/nowhere"))
-    assert sorted(core for part in parts for core in part) == sorted(cores)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two processes need two cores")
-def test_one_command_with_two_processes_is_killed_and_gives_what_one_run_gives(words, tmp_path):
-    whole, shared = tmp_path / "whole", tmp_path / "shared"
-    words = words[: words.index("--threads")] + words[words.index("--threads") + 2 :]  # how many is what --processes decides
-    assert main([*words, "--output_dir", str(whole)]) == 0
-    command = [sys.executable, "-m", "lorabatch", *words, "--output_dir", str(shared), "--processes", "2"]
-
-    def children():
-        return set(shared.glob("shards/*/output-*/*/run.json"))
-
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
-        before = children()
-        started = subprocess.Popen(command, start_new_session=True)
-        while children() == before:
-            assert started.poll() is None
-            time.sleep(0.01)
-        if number == signal.SIGKILL:
-            os.killpg(started.pid, number)  # the children too
-        else:
-            started.send_signal(number)
-        assert started.wait(timeout=300) in (code, 0)
-    assert subprocess.run(command, timeout=300).returncode == 0
-    assert completions(shared) == completions(whole)
-    runs = [json.loads(path.read_text()) for path in shared.glob("shards/*/output-*/*/run.json")]
-    finished = [run for run in runs if run["status"] == "completed"]
-    assert {run["environment"]["usable_cores"] for run in finished} == {1} and {run["threads"] for run in finished} == {1}

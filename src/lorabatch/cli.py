@@ -40,7 +40,7 @@ def _train(config: TrainConfig, extras: dict[str, Any], command: list[str]) -> i
 
 
 def _infer(config: InferConfig, extras: dict[str, Any], command: list[str]) -> int:
-    if config.shards is not None or config.processes != 1:
+    if config.shards is not None:
         from lorabatch.cluster.shards import run_sharded
 
         return run_sharded(config, command)

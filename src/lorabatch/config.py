@@ -135,18 +135,10 @@ class InferConfig(Settings):
     shards: int | None = setting(
         None, "share the work with all processes that run this command on this --output_dir, in N parts", minimum=1
     )
-    processes: int = setting(
-        1, "share the work among N processes here, each on its own cores (0: one per NUMA node); in N parts, or --shards", minimum=0
-    )
     claim_timeout_s: int = setting(180, "--shards: take over from a process that was silent for this long", minimum=2)
     leave_early: bool = setting(False, "--shards: end when no part is left to claim; a later process merges")
     prefill_tokens: int = setting(2048, "prompt tokens that enter the model in one step", minimum=1)
     adapters: tuple[str, ...] = setting((), "several adapters in one run: NAME=DIR each; a .jsonl request names its own in 'adapter'")
-    adapter_mode: str = setting(
-        "mixed",
-        "--adapters: mixed batches, or merge each in turn (another rounding; pays with many requests each)",
-        choices=("mixed", "merge"),
-    )
     order: str = setting(
         "auto",
         "which requests run first; results are the same (auto: by adapter if there are --adapters, else arrival)",

@@ -59,7 +59,6 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.all_are: str | None = None  # the name that every phase has from now on
         self._last = time.perf_counter()
 
     def begin(self) -> None:
@@ -67,7 +66,7 @@ class Phases:
         self._last = time.perf_counter()
 
     def end(self, name: str) -> None:
-        now, name = time.perf_counter(), self.all_are or name
+        now = time.perf_counter()
         self.seconds[name], self._last = self.seconds.get(name, 0.0) + now - self._last, now
 
 

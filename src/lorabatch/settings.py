@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -120,6 +120,18 @@ def _encodable(text: str) -> bool:
         return False
 
 
+# Settings that are gone, and what serves in their place.
+REMOVED = {
+    "adapter_mode": "leave it out: adapters stay unmerged in mixed batches; --adapter_dir merges one",
+    "processes": "use --shards N and run the command once for each process, under srun -n N or taskset",
+}
+
+
+def _instead(name: str, known: Sequence[str]) -> str:
+    """What to do about a setting that there is not."""
+    return REMOVED.get(name) or nearest(name, known)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that raises our one-line errors instead of printing a usage text."""
 
@@ -199,7 +211,7 @@ def parse(
     for word in unknown:
         if word.startswith("-"):
             flag = word.lstrip("-").partition("=")[0]
-            raise UsageError(f"unknown flag --{flag}", fix=nearest(flag, [*fields, "config", "print_config", "debug", "help"]))
+            raise UsageError(f"unknown flag --{flag}", fix=_instead(flag, [*fields, "config", "print_config", "debug", "help"]))
         raise UsageError(f"unexpected argument '{word}'", fix=f"see {prog} --help")
     values = vars(known)
     extras = {k: values.pop(k) for k in ("config", "print_config", "debug", *(positionals or {}))}
@@ -249,7 +261,7 @@ def typed_values(config_class: type[Settings], values: Mapping[str, Any], path: 
     hints = typing.get_type_hints(config_class)
     for key in values:
         if key not in hints:
-            raise UsageError(f"unknown key '{key}'", where=path, fix=nearest(key, hints))
+            raise UsageError(f"unknown key '{key}'", where=path, fix=_instead(key, [*hints]))
     return {key: _typed(key, value, hints[key], path) for key, value in values.items()}
 
 

@@ -87,11 +87,9 @@ def _raise_if_stopped(code: int, log: Path, signals: StopSignals) -> None:
 class RangeChild:
     """One process at a time that completes ranges of prompts. While entered, it is kept from range to range."""
 
-    def __init__(
-        self, settings: Mapping[str, Any], signals: StopSignals, *, cores: Sequence[int] | None = None, place: int | None = None
-    ) -> None:
-        """settings: of InferConfig. cores: the only ones it may use; place: among several children, by which it chooses its GPU."""
-        self._settings, self._signals, self._cores, self._place = settings, signals, cores, place
+    def __init__(self, settings: Mapping[str, Any], signals: StopSignals) -> None:
+        """settings: of InferConfig."""
+        self._settings, self._signals = settings, signals
         self._process: subprocess.Popen[str] | None = None
         self._answers, self._read = -1, b""
         self.work_key: str | None = None  # what completions depend on beside their requests, as the latest process said
@@ -137,18 +135,14 @@ class RangeChild:
         return begun, Ended(code or 70, last_line(log))  # an end without an answer is none in order
 
     def _start(self, log: Path) -> None:
-        environment = os.environ | ({} if self._place is None else {"LOCAL_RANK": str(self._place)})
         self._answers, writer = os.pipe()
         self._read = b""
         try:
             with log.open("ab") as file:
-                options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": file, "stderr": file, "env": environment}
+                options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": file, "stderr": file}
                 self._process = spawn("lorabatch.infer.ranges", [str(writer)], pass_fds=(writer,), **options)
         finally:
             os.close(writer)
-        if self._cores is not None:
-            with suppress(ProcessLookupError):
-                os.sched_setaffinity(self._process.pid, self._cores)  # before it has a second thread
         self._tell(self._settings)
 
     def _tell(self, record: Mapping[str, Any]) -> None:

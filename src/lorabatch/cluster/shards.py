@@ -1,9 +1,8 @@
-"""``lorabatch infer --shards N``, ``--processes N``: one prompt file, any number of processes, one result.
+"""``lorabatch infer --shards N``: one prompt file, any number of processes, one result.
 
-Every process runs the same command (``--processes`` does the work of N of them, each on its own cores). The
-first writes ``plan.json``; each claims shards until none is free, and has their prompts completed by a child process
-that loads the model once, so that a prompt that takes its process down costs one process. A range whose process
-died is not tried as a whole again but in halves; a single prompt that did it twice, alone, while we lived to see it,
+Every process runs the same command. The first writes ``plan.json``; each claims shards until none is free, and has
+their prompts completed by a child process that loads the model once, so that a prompt that takes its process down
+costs one process. A range whose process died is not tried as a whole again but in halves; a single prompt that did it twice, alone, while we lived to see it,
 is put into quarantine, as an error record. What ends ourselves (a kill, a lost node) is held against no prompt: the
 next owner of the shard takes over every finished completion and goes on. Whoever sees the last shard done merges:
 every request of the input exactly once, in input order (``cluster/gather.py``). ``--retry_failed`` gives each finished
@@ -19,7 +18,6 @@ import os
 import time
 from bisect import bisect_left
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,23 +26,22 @@ from typing import Any
 from lorabatch import hub
 from lorabatch.cluster.child import RangeChild
 from lorabatch.cluster.claims import Claim, abandoned_earlier, is_done, owners, work_through
-from lorabatch.cluster.crew import share_cores, watched
 from lorabatch.cluster.gather import NO_KEY, completion_files, failed_prompts, merge
+from lorabatch.cluster.watch import watched
 from lorabatch.config import InferConfig
 from lorabatch.errors import InterruptedRun, LorabatchError, UsageError
 from lorabatch.infer.adapters import files_sha256, merged_adapter
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.ranges import completions
 from lorabatch.infer.requests import completion_record
-from lorabatch.infer.run import default_output_dir
-from lorabatch.measure.environment import environment, usable_cores
+from lorabatch.measure.environment import environment
 from lorabatch.records import JsonlWriter, RunFolder, read_json, read_jsonl, replacing, utc_now, write_json, writing
 from lorabatch.schema import sealed
 from lorabatch.signals import StopSignals
 
 # What may differ between the processes that share the work.
 FREE = {"output_dir", "resume", "batch_size", "threads", "no_cuda", "prefill_tokens", "output_order", "claim_timeout_s", "leave_early"}
-FREE |= {"shards", "processes", "retry_failed"}  # the bounds say what matters of the first two
+FREE |= {"shards", "retry_failed"}  # the bounds say what matters of the first
 VOID = "deaths-are-void"  # beside deaths that no prompt is to blame for
 PLAN_LOST = "restore the file, or choose another --output_dir; what is finished lies below shards/"
 TRIES_ALONE = 2  # deaths of its process, while it ran alone, that a prompt may have
@@ -58,41 +55,32 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
     Raises UsageError for a folder with other work, InterruptedRun after a signal, and what the children
     report as the user's mistake.
     """
-    if config.output_dir is None and config.shards is None:
-        config = replace(config, output_dir=str(default_output_dir(config)))
     if not config.output_dir or config.overwrite or config.rows or config.iters > 1:
         fix = "give --output_dir, the same for all processes; leave --overwrite, --rows and --iters out"
-        raise UsageError("cannot work with these flags", where="--shards, --processes", fix=fix)
-    crew: list[list[int] | None] = list(share_cores(os.sched_getaffinity(0), config.processes)) if config.processes != 1 else [None]
+        raise UsageError("cannot work with these flags", where="--shards", fix=fix)
     folder = Path(config.output_dir)
     prompts = PromptFile(Path(config.prompts), replace(config, rows=None))
-    plan = _plan(config, prompts, folder, command, default_shards=len(crew))
+    plan = _plan(config, prompts, folder, command)
     spans = list(pairwise(plan["bounds"]))
     shards = [folder / "shards" / f"{i:04d}" for i in range(len(spans))]
     items = [_Item(shard, shard, (span,)) for shard, span in zip(shards, spans, strict=True)]
     items += list(_retries(items)) if config.retry_failed else []
     sizes = [end - first for first, end in pairwise(bisect_left(prompts.indices, bound) for bound in plan["bounds"])]
-    with StopSignals() as signals, watched(shards, sizes):
+    with StopSignals() as signals, watched(shards, sizes), RangeChild(_child_settings(config), signals) as child:
+        seen = _Seen()
 
-        def worker(place: int | None, cores: list[int] | None, *, wait: bool) -> int:
-            """Shards until none is free; how many are not done. One of as many workers as there are parts of the cores."""
-            mine = config if cores is None else replace(config, threads=config.threads or max(1, usable_cores() // len(crew)))
-            with RangeChild(_child_settings(mine), signals, cores=cores, place=place) as child:
-                seen = _Seen()
+        def work(index: int, claim: Claim) -> None:
+            _Shard(claim, items[index], config, child, seen).complete()
+            first, end = items[index].spans[0][0], items[index].spans[-1][1]
+            print(f"shard {claim.folder.relative_to(folder / 'shards')} (prompts {first} to {end - 1}) done", flush=True)
 
-                def work(index: int, claim: Claim) -> None:
-                    _Shard(claim, items[index], mine, child, seen).complete()
-                    first, end = items[index].spans[0][0], items[index].spans[-1][1]
-                    print(f"shard {claim.folder.relative_to(folder / 'shards')} (prompts {first} to {end - 1}) done", flush=True)
-
-                folders = [item.folder for item in items]
-                return work_through(folders, work, timeout_s=config.claim_timeout_s, wait=wait, stop_requested=lambda: bool(signals))
-
-        with ThreadPoolExecutor(len(crew)) as pool:
-            places = [None] if crew == [None] else range(len(crew))
-            for ended in [pool.submit(worker, place, cores, wait=False) for place, cores in zip(places, crew, strict=True)]:
-                ended.result()
-        left = worker(None, None, wait=not config.leave_early)  # what others hold, should they die
+        left = work_through(
+            [item.folder for item in items],
+            work,
+            timeout_s=config.claim_timeout_s,
+            wait=not config.leave_early,  # for what others hold, should they die
+            stop_requested=lambda: bool(signals),
+        )
         if left and signals.received:
             what = f"stopped by {signals.received.name}; {left} shards left"
             raise InterruptedRun(what, where=folder, fix="run the same command again")
@@ -105,13 +93,12 @@ def run_sharded(config: InferConfig, command: list[str]) -> int:
     return 0
 
 
-def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[str], *, default_shards: int) -> dict[str, Any]:
+def _plan(config: InferConfig, prompts: PromptFile, folder: Path, command: list[str]) -> dict[str, Any]:
     """The plan on disk, made if there is none. UsageError if it is of other work."""
     num_prompts = 1 + prompts.indices[-1]
     path = folder / "plan.json"
-    if config.shards is None and path.exists():
-        default_shards = len(read_json(path, fix=PLAN_LOST)["bounds"]) - 1
-    shards = min(config.shards or default_shards, num_prompts)
+    assert config.shards is not None
+    shards = min(config.shards, num_prompts)
     config_kept = {k: v for k, v in config.to_dict().items() if k not in FREE}
     plan = {
         "schema_version": 1,
@@ -145,7 +132,7 @@ def _adapter_folders(config: InferConfig, prompts: PromptFile) -> dict[str, Path
 
 
 def _child_settings(config: InferConfig) -> dict[str, Any]:
-    free = {"shards": None, "processes": 1, "rows": None, "output_dir": None, "leave_early": False, "resume": False, "retry_failed": False}
+    free = {"shards": None, "rows": None, "output_dir": None, "leave_early": False, "resume": False, "retry_failed": False}
     return config.to_dict() | free | {"output_order": "finished", "output_format": "lorabatch"}
 
 

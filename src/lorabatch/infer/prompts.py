@@ -61,10 +61,8 @@ class PromptFile:
         self._length: int | None = None  # not known yet
         digests = array("Q")
         self.indices = array("q")  # of each request: the place of its prompt, rising
-        self.adapter_rows = array("h")  # of each request, -1 for the base
         for request in self:
             self.indices.append(request.index)
-            self.adapter_rows.append(request.adapter_row)
             digests.append(id_digest(request.id, request.sample))
             self.longest_bytes = max(self.longest_bytes, prompt_bytes(request))
             self.most_new_tokens = max(self.most_new_tokens, request.params.max_new_tokens)

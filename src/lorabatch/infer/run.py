@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from lorabatch import hub
 from lorabatch.config import InferConfig
@@ -25,7 +22,6 @@ from lorabatch.signals import StopSignals
 if TYPE_CHECKING:
     from lorabatch.infer.adapters import AdapterNames
     from lorabatch.infer.sink import Tally
-    from lorabatch.model.lora import LoraWeights
 
 
 SUMMARIES = ("metrics.json", "batch_output.jsonl")
@@ -99,6 +95,7 @@ def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> L
     from lorabatch.infer.runner import load_for_runner, programmed
     from lorabatch.model import load
     from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads
+    from lorabatch.model.lora import load_adapter
     from lorabatch.model.native import NativeModel
     from lorabatch.model.spec import spec_from_config
 
@@ -107,19 +104,14 @@ def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> L
     dtype = choose_dtype(config.dtype, device)
     model_config = load.load_config(source.path)
     tokenizer = load.load_tokenizer(source.path)
-    apart = config.adapter_mode == "mixed"
-    if names.folders and apart and (config.backend == "hf" or spec_from_config(model_config) is None):
-        raise UnavailableError("not in one batch on the hf backend", where="--adapters", fix="use --adapter_mode merge")
-
-    def load_merged(folder: Path | None) -> load.Model:
-        return load_for_runner(
-            source, model_config, backend=config.backend, dtype=dtype, device=device, quantize=config.quantize, adapter_dir=folder
-        )
-
+    if names.folders and (config.backend == "hf" or spec_from_config(model_config) is None):
+        raise UnavailableError("not on the hf backend", where="--adapters", fix="one run for each, with --adapter_dir")
     adapter_dir = merged_adapter(config)
-    model = load_merged(adapter_dir)
+    model = load_for_runner(
+        source, model_config, backend=config.backend, dtype=dtype, device=device, quantize=config.quantize, adapter_dir=adapter_dir
+    )
     kernels = isinstance(model, NativeModel) and programmed(model.spec, dtype, device, quantize=config.quantize)
-    bank, digests = _read_adapters(model, names, apart=apart)
+    bank = tuple(load_adapter(f, model.linear_shapes, base_fingerprint=model.base_fingerprint) for f in names.folders.values())
     bank_bytes = sum(w.num_params for w in bank) * dtype.itemsize
     limit = min(model.max_positions, config.max_len or model.max_positions)
     adapter = str(adapter_dir) if adapter_dir else None
@@ -137,29 +129,14 @@ def load(config: InferConfig, source: hub.ModelSource, names: AdapterNames) -> L
     print(f"base {source.name} ({precision} on {device}, {threads} threads{words}), {_adapter_words(adapter, names, bank_bytes)}")
     merged = model.adapter.digest() if model.adapter else "base"
     work_key = f"{source.name} {model.identity} {merged} {TYPE_NAMES[dtype]} {config.quantize} {limit} {config.long_prompt}"
-    work_key += "".join(f" {name}={digest}" for name, digest in zip(names.folders, digests, strict=True))
-    work_key += "" if apart else " merged"  # rounds otherwise, so it is other work
+    work_key += "".join(f" {name}={weights.digest()}" for name, weights in zip(names.folders, bank, strict=True))
     eos_ids = load.end_tokens(source.path, model_config, tokenizer)
-    return Loaded(model, tokenizer, eos_ids, adapter, bank, bank_bytes, load_merged, work_key, limit, facts)
-
-
-def _read_adapters(model: Any, names: AdapterNames, *, apart: bool) -> tuple[tuple[LoraWeights, ...], list[str]]:
-    """(those that stay apart, what each of --adapters is by content). All are checked against the base before anything is generated."""
-    from lorabatch.model.lora import load_adapter
-
-    bank, digests = [], []
-    for folder in names.folders.values():
-        weights = load_adapter(folder, model.linear_shapes, base_fingerprint=model.base_fingerprint)
-        digests.append(weights.digest())
-        if apart:
-            bank.append(weights)
-    return tuple(bank), digests
+    return Loaded(model, tokenizer, eos_ids, adapter, bank, bank_bytes, work_key, limit, facts)
 
 
 def _adapter_words(merged: str | None, names: AdapterNames, bank_bytes: int) -> str:
     if names.folders:
-        way = f"unmerged ({bank_bytes / 1e6:.0f} MB), chosen by each request" if bank_bytes else "merged in turn"
-        return f"{len(names.folders)} adapters, {way}"
+        return f"{len(names.folders)} adapters, unmerged ({bank_bytes / 1e6:.0f} MB), chosen by each request"
     return f"adapter {merged} merged" if merged else "no adapter"
 
 
@@ -188,13 +165,8 @@ def _infer(
         passes: list[metrics.Pass] = []
         with run.jsonl(completions.name) as writer, sink.Completions(writer) as file:
             work = Work(prompts, kept, config, tally, file)
-            for model, mask in _turns(loaded, config, prompts, tally.done) if 0 in tally.done else ():
-                phases.end("load")
-                passes += work.run(model, mask, phases, signals)
-                phases.begin()
-                phases.all_are = "turns"  # what the later ones of --adapter_mode merge take
-                if signals:
-                    break
+            if 0 in tally.done:
+                passes = work.run(tally.done, phases, signals)
             work.progress.close()
     prompts.check_unchanged()
     tally.warn()
@@ -221,15 +193,3 @@ def _infer(
     write_json(run.path / "metrics.json", figures | sampler.summary())
     metrics.print_table(figures, run.path, completed=tally.completed, total=len(prompts))
     return tally
-
-
-def _turns(loaded: Loaded, config: InferConfig, prompts: PromptFile, done: bytearray) -> Iterator[tuple[Any, bytearray]]:
-    """Each model of the run with what it is not to do [a byte per position]: one for all, or every adapter merged in turn."""
-    if not prompts.adapters.folders or config.adapter_mode == "mixed":
-        yield loaded.model, done
-        return
-    rows, left = np.frombuffer(prompts.adapter_rows, dtype=np.int16), np.frombuffer(bytes(done), dtype=np.uint8) == 0
-    for row, folder in enumerate((None, *prompts.adapters.folders.values()), start=-1):
-        mine = left & (rows == row)
-        if mine.any():
-            yield loaded.model if folder is None else loaded.merged(folder), bytearray((~mine).astype(np.uint8).tobytes())

@@ -136,7 +136,7 @@ class Session:
             fitting = int(KV_SHARE * (free - self._bank_bytes)) // slot_bytes
             if fitting < 1 and self._bank:
                 what = f"{len(self._bank)} adapters take {self._bank_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
-                raise UnavailableError(what, where="--adapters", fix="give fewer, or --adapter_mode merge, which holds one at a time")
+                raise UnavailableError(what, where="--adapters", fix="give fewer, or one at a time with --adapter_dir")
             if fitting < self.num_slots:
                 self.num_slots = max(1, fitting)
                 print(f"the KV cache of that many requests does not fit in memory: {self.num_slots} at once", file=sys.stderr)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabatch.config import InferConfig
@@ -30,9 +29,8 @@ class Loaded:
     tokenizer: Any
     eos_ids: frozenset[int]
     adapter: str | None
-    bank: tuple[LoraWeights, ...]  # of --adapters, in their order; empty if they are merged
+    bank: tuple[LoraWeights, ...]  # of --adapters, in their order
     bank_bytes: int  # of the bank in the type of the run
-    merged: Callable[[Path], Any]  # the model with the adapter of a folder merged in
     work_key: str  # what, besides a request itself, its completion depends on
     limit: int  # positions of prompt and completion together
     facts: dict[str, Any]  # what run.json says of it
@@ -56,16 +54,16 @@ class Work:
         left = len(prompts) - self._earlier
         self.progress = Progress(self._earlier + left * config.iters, unit="request", description="infer", done=self._earlier)
 
-    def run(self, model: Any, mask: bytearray, phases: Phases, signals: StopSignals) -> list[Pass]:
+    def run(self, mask: bytearray, phases: Phases, signals: StopSignals) -> list[Pass]:
         """``--iters`` passes over what is not masked; only the first is recorded."""
         from lorabatch.infer.metrics import Latencies
         from lorabatch.infer.session import Session
 
         loaded, config, left = self._loaded, self._config, len(mask) - sum(mask)
         feed = self.feed(mask, record=True)
-        lasting = self._kept.lasting and model is loaded.model
+        lasting = self._kept.lasting
         session = (self._kept.session if lasting else None) or Session(
-            model,
+            loaded.model,
             loaded.tokenizer,
             loaded.eos_ids,
             config,

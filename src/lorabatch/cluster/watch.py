@@ -1,4 +1,4 @@
-"""Several processes on one machine: which cores each gets, and how far they are together."""
+"""How far all processes that share a prompt file are together."""
 
 from __future__ import annotations
 
@@ -6,44 +6,10 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from pathlib import Path
 
 from lorabatch.cluster.claims import is_done
-from lorabatch.errors import UsageError
 from lorabatch.progress import LOG_EVERY_S, Progress
-
-SYSTEM = Path("/sys/devices/system")
-
-
-def share_cores(cores: set[int], count: int, system: Path = SYSTEM) -> list[list[int]]:
-    """The cores in ``count`` near-equal parts (0: one per NUMA node), those of a node and of a physical core side by side.
-
-    UsageError if there are more parts than cores. ``system``: where Linux describes them.
-    """
-    node_of = {core: i for i, path in enumerate(sorted(system.glob("node/node*/cpulist"))) for core in _cores(path)}
-    nodes = {core: node_of.get(core, 0) for core in cores}
-
-    def place(core: int) -> tuple[int, int, int]:
-        siblings = system / f"cpu/cpu{core}/topology/thread_siblings_list"
-        return nodes[core], min(_cores(siblings), default=core), core
-
-    ordered, parts = sorted(cores, key=place), count or len(set(nodes.values()))
-    if parts > len(cores):
-        raise UsageError(f"only {len(cores)} cores are usable here", where=f"--processes {count}", fix="give fewer")
-    if not count:
-        return [[core for core in ordered if nodes[core] == node] for node in sorted(set(nodes.values()))]
-    bounds = [i * len(ordered) // parts for i in range(parts + 1)]
-    return [ordered[a:b] for a, b in pairwise(bounds)]
-
-
-def _cores(path: Path) -> list[int]:
-    """The kernel's lists: ``"0-2,8"`` -> [0, 1, 2, 8]; empty where it says nothing."""
-    try:
-        spans = [span.partition("-")[::2] for span in path.read_text(encoding="ascii").strip().split(",") if span]
-    except OSError:
-        return []
-    return [core for first, last in spans for core in range(int(first), int(last or first) + 1)]
 
 
 @contextmanager
