@@ -36,7 +36,7 @@ LEGAL = {
     "presence_penalty": st.sampled_from([-2, 0, 2]),
     "frequency_penalty": st.sampled_from([-2.0, TINY, 2]),
     "seed": st.sampled_from([0, 2**62, 2**63 - 1]),
-    "stop": st.sampled_from(["e", ["a", "fever"], [], "\ud83d"]),
+    "stop": st.sampled_from(["e", ["a", "fever"], []]),
     "stop_token_ids": st.sampled_from([[], [0], [5, 2**62], 7]),
     "ignore_eos": st.booleans(),
     "logprobs": st.sampled_from([0, 1, 20]),
@@ -180,7 +180,7 @@ prompt_files = st.one_of(
     st.tuples(st.just("jsonl"), st.lists(good_rows.map(lambda row: Line(encoded(row), row.get("n", 1))), min_size=1, max_size=4)),
     st.tuples(st.just("txt"), st.lists(st.binary(max_size=12).map(Line), max_size=3)),
 )
-QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+QUICK = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
 def fuzz_prompts(examples, model, tmp_path, capsys):
