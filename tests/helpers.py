@@ -11,6 +11,7 @@ from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
 from lorabatch.infer.engine import Engine
 from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.model.attention import PackedAttention
+from lorabatch.model.device import cpu_has_bf16
 from lorabatch.model.lora import LoraSettings
 from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import spec_from_config
@@ -18,6 +19,8 @@ from lorabatch.model.weights import build_decoder, fingerprint, normalised
 from lorabatch.train.loop import Lane, alone, drive, training
 from lorabatch.train.ranks import ALONE
 
+# Types of the real model's tests: bf16 takes many times as long where it is emulated, and nobody gets it there without asking.
+NATIVE_TYPES = ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
 VOCAB = 300
 EOS = "<|endoftext|>"
 EOS_ID = 0

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS_ID, native, random_ids, tiny_model, tiny_tokenizer
+from helpers import EOS_ID, NATIVE_TYPES, native, random_ids, tiny_model, tiny_tokenizer
 
 from lorabatch import hub
 from lorabatch.infer.engine import Engine, PassStats
 from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.infer.runner import NativeRunner, make_runner
 from lorabatch.model.attention import Segment
-from lorabatch.model.device import cpu_has_bf16
+from lorabatch.model.device import TYPES
 from lorabatch.model.load import load_config, load_model, load_tokenizer
 
 SAMPLE = Path(__file__).parents[1] / "data_sample"
@@ -115,8 +115,7 @@ def test_real_model_200_prompts_are_the_same_in_every_way():
         )
     ids = [tokenizer(t)["input_ids"] for t in texts[:200]]
     new = [3 + i % 4 for i in range(200)]
-    dtype = torch.bfloat16 if cpu_has_bf16() else torch.float32  # emulated bf16 takes minutes, and nobody gets it without asking
-    model = load_model(source, config, backend="native", dtype=dtype, device=torch.device("cpu"))
+    model = load_model(source, config, backend="native", dtype=TYPES[NATIVE_TYPES[-1]], device=torch.device("cpu"))
     runner = make_runner(model, num_slots=64, capacity=128, max_tokens=2112)
     expected, _ = complete(runner, ids, new, slots=1, tokenizer=tokenizer, prefill_tokens=2048)
     order = random.Random(1).sample(range(200), 200)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import NATIVE_TYPES
 from test_cli import ROOT, TEXTS, start, wait_for_lines
 
 from lorabatch.cli import main
@@ -311,7 +312,9 @@ def test_a_full_disk_is_one_line_and_spoils_nothing(small_disk, uninterrupted, t
 def test_real_model_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     documents = ROOT / "data_sample" / "train.txt"
     options = ["--max_train_documents", 12, "--val_path", "none", "--batch_size", 2, "--epochs", 1, "--max_len", 64, "--lora_r", 8]
-    whole, killed = (flags("smollm2-135m", documents, tmp_path / name, *options, "--dtype", "bf16") for name in ("whole", "killed"))
+    whole, killed = (
+        flags("smollm2-135m", documents, tmp_path / name, *options, "--dtype", NATIVE_TYPES[-1]) for name in ("whole", "killed")
+    )
     assert main(whole) == 0
     process = start(killed, log=tmp_path / "log")
     wait_for_lines(tmp_path / "killed" / "events.jsonl", 6, process)
