@@ -50,7 +50,7 @@ class FileOperations:
 
         def counted_write(writer, record):
             self.met("write", lambda: os.write(writer._file.fileno(), b'{"index": 0, "sam'))  # torn
-            write(writer, record)
+            return write(writer, record)
 
         os.fsync, records.JsonlWriter.write = counted_fsync, counted_write
 

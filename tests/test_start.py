@@ -16,7 +16,13 @@ ENTRIES = {"module": ["-m", "lorabatch", "infer"], "script": [str(ROOT / "src" /
 
 def started(entry, *options):
     command = [sys.executable, *options, *ENTRIES[entry], "--base_model", "/no/such/model", "--prompts", str(ROOT / "README.md")]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT, preexec_fn=heard, **pipes)
+
+
+def heard():
+    """A shell that starts the tests in the background lets its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
