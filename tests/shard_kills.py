@@ -69,7 +69,7 @@ class FileOperations:
 class Forked:
     """What ``child`` needs of a Popen, for a process forked from this one."""
 
-    def __init__(self, run, *, stdin, stdout, env, **_):
+    def __init__(self, run, *, stdin, stdout, **_):
         reader, writer = os.pipe()
         self.returncode, parent = None, os.getpid()
         self.pid = os.fork()
@@ -81,7 +81,6 @@ class Forked:
                 os.close(writer)
                 for source, target in ((reader, 0), (stdout.fileno(), 1), (stdout.fileno(), 2)):
                     os.dup2(source, target)
-                os.environ.update(env)
                 run()
                 os._exit(0)
             finally:
