@@ -217,4 +217,4 @@ def test_many_prompts(model, request, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_many_documents(tiny_llama_dir, tmp_path, capsys):
-    fuzz_documents(100, tiny_llama_dir, tmp_path, capsys)
+    fuzz_documents(110, tiny_llama_dir, tmp_path, capsys)

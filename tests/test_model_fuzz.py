@@ -194,7 +194,7 @@ def test_damage_is_said_or_harmless(victims, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, **PROFILE)
+@settings(max_examples=500, **PROFILE)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_damage_is_said_or_harmless_often(victims, seed):
     check(victims, seed)
