@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 
+NATIVE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "int8": {"avx512_vnni", "amx_int8"}}  # type -> flags, of which one suffices
+
 
 def cpuinfo(key: str) -> str:
     """The first processor's line of /proc/cpuinfo; empty where there is none."""
@@ -17,6 +19,11 @@ def cpuinfo(key: str) -> str:
 def flags() -> frozenset[str]:
     """Instruction sets, by their names there (on ARM the line is called Features)."""
     return frozenset((cpuinfo("flags") or cpuinfo("Features") or "").split())
+
+
+def native_types() -> list[str]:
+    """Of the narrow types those that this processor multiplies with instructions of their own."""
+    return [name for name, needed in NATIVE.items() if needed & flags()]
 
 
 def vendor() -> str:

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorabatch.errors import DataError, InterruptedRun, LorabatchError, UnavailableError, UsageError
-from lorabatch.schema import KINDS, RESTORE, SCHEMA_VERSION, NewerRecord, parsed, sealed
-from lorabatch.schema import dumps as dumps  # for those who know files only
+from lorabatch.schema import KINDS, RESTORE, SCHEMA_VERSION, NewerRecord, dumps, parsed, sealed
 
 RUN_FILES = ("run.json", "events.jsonl", "completions.jsonl", "system.jsonl", "metrics.json")
 # What else a run leaves in its folder, by its kind: --overwrite removes it, and nothing of the user's.

@@ -2,8 +2,8 @@
 
 Every process runs the same command. The first writes ``plan.json``; each claims shards until none is free, and has
 their prompts completed by a child process that loads the model once, so that a prompt that takes its process down
-costs one process. A range whose process died is not tried as a whole again but in halves; a single prompt that did it twice, alone, while we lived to see it,
-is put into quarantine, as an error record. What ends ourselves (a kill, a lost node) is held against no prompt: the
+costs one process. A range whose process died is not tried as a whole again but in halves; a single prompt that did it
+twice, alone, while we lived to see it, is put into quarantine, as an error record. What ends ourselves (a kill, a lost node) is held against no prompt: the
 next owner of the shard takes over every finished completion and goes on. Whoever sees the last shard done merges:
 every request of the input exactly once, in input order (``cluster/gather.py``). ``--retry_failed`` gives each finished
 shard that has failed requests another item to claim, with those alone.

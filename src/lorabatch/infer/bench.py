@@ -16,7 +16,7 @@ from lorabatch.infer.quality import run_quality
 from lorabatch.infer.requests import Request, SamplingParams
 from lorabatch.infer.runner import load_for_runner, make_runner
 from lorabatch.measure.bench import Bench, Measure
-from lorabatch.measure.machine import cold_flops_per_s, measured_bytes_per_s, processor
+from lorabatch.measure.machine import cold_flops_per_s, kernel_facts, measured_bytes_per_s
 from lorabatch.measure.roofline import decode_bytes, element_bytes
 from lorabatch.model import load
 from lorabatch.model.device import TYPE_NAMES
@@ -55,7 +55,9 @@ def run_bench_infer(config: BenchInferConfig, command: list[str]) -> int:
         f"{config.max_new_tokens} new ones; measured here: {flops_per_s / 1e9:.0f} Gflop/s with cold weights, "
         f"{bytes_per_s / 1e9:.1f} GB/s\n"
     )
-    return bench.finish("bench infer", points, command, cold_flops_per_s=flops_per_s, measured_bytes_per_s=bytes_per_s, **processor(device))
+    return bench.finish(
+        "bench infer", points, command, cold_flops_per_s=flops_per_s, measured_bytes_per_s=bytes_per_s, **kernel_facts(device)
+    )
 
 
 def _one_batch(model: NativeModel, tokenizer: Any, config: BenchInferConfig, *, most: int) -> Measure:

@@ -126,7 +126,7 @@ def _ceilings(stats: Sequence[PassStats], model: Model, quantize: str, adapter_b
     seconds = sum(s.decode_s for s in stats)
     if not isinstance(model, NativeModel) or not seconds:
         return dict.fromkeys(("mbu", "decode_flops_per_s", "measured_bytes_per_s", "cold_flops_per_s", "cold_share"))
-    from lorabatch.measure.machine import cold_flops_per_s, measured_bytes_per_s, processor
+    from lorabatch.measure.machine import cold_flops_per_s, kernel_facts, measured_bytes_per_s
     from lorabatch.measure.roofline import decode_bytes, decode_flops, element_bytes
 
     kv_tokens, dtype, device = sum(s.decode_kv_tokens for s in stats), model.decoder.dtype, model.decoder.device
@@ -142,7 +142,7 @@ def _ceilings(stats: Sequence[PassStats], model: Model, quantize: str, adapter_b
         "measured_bytes_per_s": bandwidth,
         "cold_flops_per_s": ceiling,
         "cold_share": max(needed / seconds / bandwidth, flops_per_s / ceiling),  # of whichever of the two binds
-        **processor(device),
+        **kernel_facts(device),
     }
 
 

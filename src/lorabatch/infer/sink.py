@@ -11,7 +11,7 @@ import sys
 import zlib
 from array import array
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress, groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,26 +22,43 @@ from lorabatch.errors import LorabatchError, UsageError
 from lorabatch.infer import openai_batch
 from lorabatch.infer.prompts import PromptFile, id_digest
 from lorabatch.infer.requests import NOT_FINITE
-from lorabatch.records import JsonlWriter, dumps, read_jsonl, replacing
-from lorabatch.schema import sealed
+from lorabatch.records import JsonlWriter, read_jsonl, replacing
+from lorabatch.schema import dumps, sealed
+
+COMPLETED, EMPTY, FAILED, NOT_FINITE_FAILED = range(4)  # what a record says: the second without any text, the last for want of numbers
+
+
+def outcome(record: Mapping[str, Any]) -> int:
+    if record["error"] is None:
+        return COMPLETED if record["text"].strip() else EMPTY
+    return NOT_FINITE_FAILED if record["error"].startswith(NOT_FINITE) else FAILED
 
 
 @dataclass
 class Tally:
-    """What the file holds. ``done``: 1 at the position of each finished request."""
+    """What the file holds. ``done``: 1 at the position of each finished request; ``numbers``: of records, by outcome."""
 
     done: bytearray
-    failed: int = 0
-    not_finite: int = 0  # of those: because the model's numbers are not
-    completed: int = 0
-    empty: int = 0  # of those: without any text
+    numbers: list[int] = field(default_factory=lambda: [0] * 4)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        error = record["error"]
-        self.failed += error is not None
-        self.not_finite += str(error).startswith(NOT_FINITE)
-        self.completed += error is None
-        self.empty += error is None and not record["text"].strip()
+        self.numbers[outcome(record)] += 1
+
+    @property
+    def completed(self) -> int:
+        return self.numbers[COMPLETED] + self.empty
+
+    @property
+    def empty(self) -> int:
+        return self.numbers[EMPTY]
+
+    @property
+    def failed(self) -> int:
+        return self.numbers[FAILED] + self.not_finite
+
+    @property
+    def not_finite(self) -> int:
+        return self.numbers[NOT_FINITE_FAILED]
 
     def counts(self) -> dict[str, int]:
         """Of what deserves a look."""
@@ -61,11 +78,11 @@ def finished_earlier(path: Path, prompts: PromptFile, work_key: str, *, retry_fa
     UsageError if ``path`` holds other work's completions, DataError if it holds what is none.
     """
     tally, digests = Tally(bytearray(len(prompts))), prompts.id_digests
-    ids, keys, failed = array("Q"), array("Q"), array("b")
+    ids, keys, outcomes = array("Q"), array("Q"), array("b")
     for record in read_jsonl(path):
         ids.append(id_digest(record["id"], record["sample"]))
         keys.append(int(record["key"], 16))
-        failed.append(record["error"] is not None)
+        outcomes.append(outcome(record))
     if not ids:
         return tally
     expected = np.fromiter((int(r.key(work_key), 16) for r in prompts), np.uint64, len(prompts))
@@ -80,7 +97,8 @@ def finished_earlier(path: Path, prompts: PromptFile, work_key: str, *, retry_fa
             where=path,
             fix="choose another --output_dir, or --overwrite",
         )
-    bad = np.asarray(failed, dtype=bool)
+    found = np.asarray(outcomes)
+    bad = found >= FAILED
     by_worth = np.lexsort((bad, positions))  # of each request the first without an error, or else the first
     best = by_worth[np.diff(positions[by_worth], prepend=-1) != 0]
     kept = np.zeros(len(ids), dtype=bool)
@@ -90,8 +108,7 @@ def finished_earlier(path: Path, prompts: PromptFile, work_key: str, *, retry_fa
     if retry_failed:
         kept &= ~bad
     np.frombuffer(tally.done, dtype=np.uint8)[positions[kept]] = 1
-    for record in compress(read_jsonl(path), kept):
-        tally.add(record)
+    tally.numbers = np.bincount(found[kept], minlength=4).tolist()
     if not kept.all():
         with replacing(path) as file:
             file.writelines(sealed(record) + b"\n" for record in compress(read_jsonl(path), kept))

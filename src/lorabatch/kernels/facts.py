@@ -8,8 +8,6 @@ from typing import Any
 
 from lorabatch import kernels, processor
 
-TYPES = {"bf16": {"avx512_bf16", "amx_bf16"}, "int8": {"avx512_vnni", "amx_int8"}}  # type -> flags of processors that multiply it natively
-
 
 def facts() -> dict[str, Any]:
     """``variant``: of the kernels that serve, None where torch's own operators do; ``why_not``: better variants, or "kernels" for all of
@@ -21,5 +19,4 @@ def facts() -> dict[str, Any]:
         compiler = shutil.which(shlex.split(kernels._compiler())[0]) is not None
     except OSError:
         compiler = False
-    types = [name for name, flags in TYPES.items() if flags & processor.flags()]
-    return {"variant": kernels.variant(), "why_not": kernels.why_not(), "compiler": compiler, "types": types}
+    return {"variant": kernels.variant(), "why_not": kernels.why_not(), "compiler": compiler, "types": processor.native_types()}

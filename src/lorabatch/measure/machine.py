@@ -47,7 +47,7 @@ def cold_flops_per_s(name: str, device: torch.device, *, reached: float = 0.0) -
     return _remembered(f"{name}_{COLD}", device, lambda: _best(name, device, cold=True), reached)
 
 
-def processor(device: torch.device) -> dict[str, Any]:
+def kernel_facts(device: torch.device) -> dict[str, Any]:
     """What explains a low share of the ceiling, for ``metrics.json``; null on GPUs."""
     found = facts() if device.type == "cpu" else {"variant": None, "why_not": None, "types": None}
     return {"kernel_variant": found["variant"], "better_variants": found["why_not"], "native_types": found["types"]}

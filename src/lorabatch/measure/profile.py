@@ -22,7 +22,6 @@ from typing import Any
 from lorabatch import processor
 from lorabatch.config import ProfileInferConfig, ProfileTrainConfig
 from lorabatch.measure.explain import ONCE, Facts, explain
-from lorabatch.model.device import cpu_has_bf16
 from lorabatch.records import read_json, write_json
 
 WARM_STEPS = 2
@@ -232,8 +231,7 @@ def profile_run(kind: str, run: Callable[[], int], config: ProfileTrainConfig | 
         code = run()
     phases = spans.phases()
     record, metrics = (read_json(run_folder / name) for name in ("run.json", "metrics.json"))
-    able = frozenset(name for name, has in (("bf16", cpu_has_bf16()), ("int8", "avx512_vnni" in processor.flags())) if has)
-    lines = explain(Facts(kind, phases, spans.calls, spans.inside, record, metrics, able))
+    lines = explain(Facts(kind, phases, spans.calls, spans.inside, record, metrics, frozenset(processor.native_types())))
     figures = {"phases": phases, "calls": spans.calls, "inside": spans.inside, "memory": spans.memory, "summary": lines}
     write_json(folder / "profile.json", {"schema_version": 1, "kind": f"profile {kind}", **figures})
     if traced:

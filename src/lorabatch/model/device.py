@@ -74,7 +74,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    return not processor.flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    return "bf16" in processor.native_types()
 
 
 def _bf16_is_faster(*, at_least: float = 1.2) -> bool:

@@ -10,9 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from lorabatch.measure.explain import FEW_ROWS
-from lorabatch.measure.waits import disturbed, waited_share
+from lorabatch.measure.waits import DISTURBED, disturbed, waited_share
 from lorabatch.report.load import Bench, InferRun, Run, TrainRun
-from lorabatch.report.threats import DISTURBED
 from lorabatch.report.words import Words
 
 GIB = 2**30

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorabatch.measure.waits import DISTURBED
 from lorabatch.report.load import InferRun, Run, TrainRun
 from lorabatch.report.words import Words
 
 FEW_DOCUMENTS = FEW_REQUESTS = 100
-DISTURBED = 0.05  # of the time in which it ran, a run waited for a core
 
 
 def threats(words: Words, trained: Sequence[TrainRun], inferred: Sequence[InferRun]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lorabatch.measure.machine import cold_flops_per_s, processor
+from lorabatch.measure.machine import cold_flops_per_s, kernel_facts
 from lorabatch.measure.roofline import above_ceiling, training_flops
 from lorabatch.measure.statistics import mean, percentile, perplexity, rate, summary
 from lorabatch.measure.system import peak_memory_bytes
@@ -80,7 +80,7 @@ def metrics_record(state: Any, model: Any, size: Mapping[str, Any], phases: Mapp
         "train_flops_per_s": achieved,
         "cold_flops_per_s": ceiling,
         "cold_share": achieved / ceiling if achieved and ceiling else None,
-        **processor(device),
+        **kernel_facts(device),
         "peak_memory_bytes": peak_bytes,
         "train_s": state.train_s,
         "phases": {name: round(seconds, 3) for name, seconds in phases.items()},

@@ -138,7 +138,7 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
     config, source, ranks = work.config, work.source, work.ranks
     with SystemSampler(work.folder / "system.jsonl") as sampler:
         phases = Phases()
-        from lorabatch.measure.machine import processor
+        from lorabatch.measure.machine import kernel_facts
         from lorabatch.model import load
         from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads, keep_freed_memory
         from lorabatch.model.spec import spec_from_config
@@ -185,7 +185,7 @@ def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[Lorab
             "dtype": TYPE_NAMES[dtype],
             "threads": threads,
             "backend": model.backend,
-            "kernel_variant": processor(device)["kernel_variant"] if model.backend == "native" else None,
+            "kernel_variant": kernel_facts(device)["kernel_variant"] if model.backend == "native" else None,
             "ranks": ranks.count,
             "gpu": gpu_description(),
             "block_tokens": planned[0] if planned else config.block_tokens,
