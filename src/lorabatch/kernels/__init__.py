@@ -91,6 +91,11 @@ def has_tiles() -> bool:
     return loaded is not None and loaded[0].tiles
 
 
+def torch_has_tiles() -> bool:
+    """Whether torch's own bf16 products may run in tiles here, whatever variant of ours serves."""
+    return {"amx_tile", "amx_bf16"} <= processor.flags() and _tiles_refused() is None
+
+
 def why_not() -> dict[str, str]:
     """Variants that would be better than the one that serves -> what each lacks; "kernels" -> why none serves at all."""
     reasons: dict[str, str] = {}
