@@ -16,8 +16,6 @@ from lorabatch.model.lora import LoraSettings
 from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import spec_from_config
 from lorabatch.model.weights import build_decoder, fingerprint, normalised
-from lorabatch.train.loop import Lane, alone, drive, training
-from lorabatch.train.ranks import ALONE
 
 # Types of the real model's tests: bf16 takes many times as long where it is emulated, and nobody gets it there without asking.
 NATIVE_TYPES = ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
@@ -225,11 +223,6 @@ def tiny_corpus(lengths, *, seed=0, first_targets=None, target_bytes=None):
     first_targets = first_targets or [1] * len(lengths)
     documents = tuple(TokenDocument(ids.numpy(), first) for ids, first in zip(random_ids(lengths, seed=seed), first_targets, strict=True))
     return TokenCorpus(documents, len(documents), 0, 0, 0, target_bytes)
-
-
-def train_loop(model, learner, corpus, validation, config, *, ranks=ALONE, **calls):
-    """A single run from where its learner is to its end; its state. calls: as ``training`` takes them."""
-    return drive([Lane(learner, training(model, learner, corpus, validation, config, ranks=ranks, **calls))], alone(model, ranks))[0]
 
 
 def tiny_gguf(model, path, *, blocks=None):

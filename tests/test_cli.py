@@ -124,16 +124,28 @@ def test_help_answers_in_a_second_without_torch(command):
 
 def test_the_specs_commands_parse_as_shown():
     train = "--base_model distilgpt2 --train_path data_sample/train.txt --val_path data_sample/val.txt --save_dir results/lora-custom --epochs 2 --max_steps 100 --lr 2e-4 --lora_r 16 --lora_alpha 32"
-    config, _ = parse(TrainConfig, train.split(), prog="train_lora.py", command="train")
+    config, _ = parse(TrainConfig, train.split(), prog="train_lora.py")
     assert (config.epochs, config.max_steps, config.lr, config.lora_r, config.lora_alpha) == (2, 100, 2e-4, 16, 32.0)
     infer = "--base_model distilgpt2 --adapter_dir results/lora-distilgpt2 --prompts data_sample/prompts.txt --batch_size 16 --max_new_tokens 64 --iters 20"
-    config, _ = parse(InferConfig, infer.split(), prog="infer_batch.py", command="infer")
+    config, _ = parse(InferConfig, infer.split(), prog="infer_batch.py")
     assert (config.batch_size, config.max_new_tokens, config.iters) == (16, 64, 20)
-    config, _ = parse(TrainConfig, ["--no_cuda", "--batch-size", "4"], prog="x", command="train")
+    config, _ = parse(TrainConfig, ["--no_cuda", "--batch-size", "4"], prog="x")
     assert config.no_cuda and config.batch_size == 4
 
 
 # Settings
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_table_in_a_settings_file(name, tmp_path):
+    path = tmp_path / "experiment.toml"
+    path.write_text("".join(f"[{other.replace(' ', '.')}]\n" for other in COMMANDS), encoding="utf-8")
+    config_class, _, positionals = COMMANDS[name]
+    words = ["x"] * len(positionals)
+    assert parse(config_class, [*words, "--config", str(path)], prog="x", positionals=positionals)[0] == config_class()
+    path.write_text("[trian]\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"unknown table \[trian\]"):
+        parse(config_class, [*words, "--config", str(path)], prog="x", positionals=positionals)
 
 
 @pytest.mark.parametrize("config_class", [TrainConfig, InferConfig])
@@ -142,14 +154,14 @@ def test_printed_settings_read_back_to_the_same_object(config_class, tmp_path, c
     odd = ["--seed", "7", "--no-cuda"] + (
         ["--val_path", "none", "--target_modules", "q_proj", "v_proj"] if command == "train" else ["--stop", "a b", '"']
     )
-    config, _ = parse(config_class, odd, prog="x", command=command)
+    config, _ = parse(config_class, odd, prog="x")
     (tmp_path / "a.toml").write_text(config.to_toml(), encoding="utf-8")
-    again, _ = parse(config_class, ["--config", str(tmp_path / "a.toml")], prog="x", command=command)
+    again, _ = parse(config_class, ["--config", str(tmp_path / "a.toml")], prog="x")
     assert again == config
-    over, _ = parse(config_class, ["--config", str(tmp_path / "a.toml"), "--seed", "8"], prog="x", command=command)
+    over, _ = parse(config_class, ["--config", str(tmp_path / "a.toml"), "--seed", "8"], prog="x")
     assert over.seed == 8
     with pytest.raises(SystemExit):
-        parse(config_class, [*odd, "--print_config"], prog="x", command=command)
+        parse(config_class, [*odd, "--print_config"], prog="x")
     assert capsys.readouterr().out == config.to_toml()
 
 
@@ -182,10 +194,10 @@ def test_unknown_keys_and_tables_of_a_file(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(UsageError, match=words):
-            parse(TrainConfig, ["--config", str(path)], prog="x", command="train")
+            parse(TrainConfig, ["--config", str(path)], prog="x")
     path.write_text("[train]\nlr = 1e-3\n[infer]\nbatch_size = 3\n")
-    assert parse(TrainConfig, ["--config", str(path)], prog="x", command="train")[0].lr == 1e-3
-    assert parse(InferConfig, ["--config", str(path)], prog="x", command="infer")[0].batch_size == 3
+    assert parse(TrainConfig, ["--config", str(path)], prog="x")[0].lr == 1e-3
+    assert parse(InferConfig, ["--config", str(path)], prog="x")[0].batch_size == 3
 
 
 def test_every_command_is_listed(capsys):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from helpers import native, tiny_model
 
 from lorabatch.model import fused
 from lorabatch.model.functional import rms_norm
 from lorabatch.model.fused import passes_for
 from lorabatch.model.linear import Adapter, FrozenLinear, Part
+from lorabatch.model.lora_settings import LoraSettings
 
 pytestmark = pytest.mark.skipif(passes_for(torch.zeros(1)) is None, reason="no CPU kernels on this machine (compiler or AVX-512 missing)")
 # Relative to the norm of what is expected: fp32 sums 700 terms; bf16 rounds inputs of products (8 bits) and the results once
@@ -77,8 +79,10 @@ def test_a_document_does_not_notice_its_block(dtype):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("rows", [1, 77, 130])
-@pytest.mark.parametrize("with_norm", [True, False])
-def test_adapted_product_agrees_with_torchs_operators(rows, with_norm, dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize(
+    ("rank", "adapted", "with_norm"), [(16, (0, 2), True), (16, (0, 2), False), (8, (0, 2), True), (3, (1,), False), (32, (0, 1, 2), False)]
+)
+def test_adapted_product_agrees_with_torchs_operators(rows, rank, adapted, with_norm, dtype, tolerance, monkeypatch):
     """The same layer with the kernels and without: value, gradient of the input, gradients of every A and B."""
     generator = torch.Generator().manual_seed(rows)
 
@@ -88,20 +92,39 @@ def test_adapted_product_agrees_with_torchs_operators(rows, with_norm, dtype, to
     widths = (192, 64, 64)
     parts = [Part(str(i), sum(widths[:i]), sum(widths[: i + 1])) for i in range(3)]
     layer = FrozenLinear(random(320, 128, std=0.05).to(dtype), None, parts, prepack=True)
-    for i in (0, 2):  # the middle part is not adapted
-        layer.adapters[str(i)] = Adapter(random(16, 128, std=0.1), random(widths[i], 16, std=0.3), 0.5 + i)
+    for i in adapted:
+        layer.adapters[str(i)] = Adapter(random(rank, 128, std=0.1), random(widths[i], rank, std=0.3), 0.5 + i)
     weight, upstream, start = random(128).to(dtype), random(rows, 320).to(dtype), random(rows, 128).to(dtype)
     before = (lambda x: rms_norm(x, weight, 1e-5)) if with_norm else None
-    results = []
+    results, calls, lora = [], [], fused.Passes.lora
+    monkeypatch.setattr(fused.Passes, "lora", lambda *given: calls.append(given) or lora(*given))
     for kernels in (True, False):
         if not kernels:
+            assert len(calls) == 1, "the kernels did it"
             monkeypatch.setattr(fused, "_passes", lambda dtype: None)
         x = start.clone().requires_grad_()
         layer.zero_grad()
         y = layer(x, before)
         y.backward(upstream)
         results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
-    assert len(results[0]) == 6
+    assert len(results[0]) == 2 + 2 * len(adapted) and len(calls) == 1
     for got, expected in zip(*results, strict=True):
         assert expected.norm() > 0.1
         assert (got.float() - expected.float()).norm() <= tolerance * expected.float().norm()
+
+
+def test_a_training_pass_names_what_kernels_do_not_serve():
+    def slower(name="llama", dropout=0.0, **changes):
+        wide = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+        model = native(tiny_model(name, **wide | changes))
+        model.attach(LoraSettings(8, 16.0, dropout), seed=0)
+        return model.slower_paths()
+
+    assert slower() == []
+    assert slower(dropout=0.1) == ["adapters (--lora_dropout)"]
+    assert slower(head_dim=32, num_attention_heads=4, num_key_value_heads=2) == ["attention (heads have 32 features, not a multiple of 64)"]
+    assert slower("mistral-window", intermediate_size=96) == [
+        "adapters (layers have 96 features, not a multiple of 64)",
+        "attention (the model has attention windows)",
+    ]
+    assert slower("qwen3") == ["attention (queries and keys are normalised)"]

@@ -1,31 +1,26 @@
-"""Several adapters over one base (``--jobs``): each is what its run alone would have made, and none disturbs another."""
+"""Several adapters over one base, one after another (``--jobs``): each is what its run alone would have made, and none disturbs another."""
 
 import json
-import os
 import random
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file
 from test_cli import TEXTS
+from test_ranks import Group
 from test_resume import attempts, finish, history  # noqa: F401
 
 from lorabatch.cli import main
 from lorabatch.config import TrainConfig
-from lorabatch.corpus.packing import share
-from lorabatch.model.linear import can_prepack
+from lorabatch.kernels import library
 from lorabatch.train import checkpoint
 from lorabatch.train.jobfile import read_jobs
 
 FLAGS = (
     "--batch_size 3 --epochs 2 --lr 0.01 --lora_r 4 --eval_every_steps 3 --save_every_steps 1 --block_tokens 100 --dtype fp32 --threads 1"
 )
-# Ranks, rates, seeds, layers, data and lengths of their own; with 100 tokens a pass, some passes are shared and some steps take several.
+# Ranks, rates, seeds, layers, data and lengths of their own.
 JOBS = {
     "plain": {"seed": 1},
     "wide": {"lora_r": 7, "lora_alpha": 3.0, "lr": 0.003, "seed": 2, "train_path": "other.txt", "lora_dropout": 0.2, "use_rslora": True},
@@ -63,58 +58,77 @@ def train_alone(model, name, *more):
     assert main([*flags(model, f"alone/{name}", *words(JOBS[name])), *more]) == 0
 
 
-def assert_as_alone(name, together="together"):
-    """To the bit where a product's rows do not depend on their number; within rounding anywhere."""
-    ours, theirs = Path(together, name), Path("alone", name)
-    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
-    if can_prepack(torch.float32):
-        assert history(ours) == history(theirs)
-        assert (ours / "last" / "adapter_model.safetensors").read_bytes() == (theirs / "last" / "adapter_model.safetensors").read_bytes()
+def assert_as_alone(name):
+    ours, theirs = Path("grid", name), Path("alone", name)
+    assert history(ours) == history(theirs)
+    for folder in (".", "last"):
+        assert (ours / folder / "adapter_model.safetensors").read_bytes() == (theirs / folder / "adapter_model.safetensors").read_bytes()
     assert json.loads((ours / "run.json").read_text())["status"] == "completed"
     mine, its = (json.loads((folder / "metrics.json").read_text()) for folder in (ours, theirs))
     assert mine["steps"] == its["steps"] and mine["total_tokens"] == its["total_tokens"] and mine["rss_bytes"]
 
 
 def test_each_run_is_what_it_would_have_been_alone(place, tiny_llama_dir, capsys):
-    assert main(flags(tiny_llama_dir, "together", "--jobs", "jobs.jsonl")) == 0
+    assert main(flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl")) == 0
     out = capsys.readouterr()
     assert "in 4 runs" in out.out and "short: 2 of 2 steps" in out.err
+    slower = "wide: torch's own operators, slower than kernels, serve for adapters (--lora_dropout), attention (heads have 16 features"
+    assert (slower in out.err) == (library("train") is not None)
     for name in JOBS:
         train_alone(tiny_llama_dir, name)
         assert_as_alone(name)
-    losses = {name: [e["loss"] for e in history(f"together/{name}") if e["event"] == "step"] for name in JOBS}
+    losses = {name: [e["loss"] for e in history(f"grid/{name}") if e["event"] == "step"] for name in JOBS}
     assert {name: len(values) for name, values in losses.items()} == {"plain": 8, "wide": 6, "short": 2, "slow": 14}
     assert all(values[-1] < values[0] for values in losses.values())
-    assert main(flags(tiny_llama_dir, "together", "--jobs", "jobs.jsonl", "--resume", "auto")) == 0
+    assert main(flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl", "--resume", "auto")) == 0
     assert capsys.readouterr().out.count("this run is complete; nothing to do") == 4
 
 
-def test_runs_over_gpt2_share_full_checkpointing(place, tiny_gpt2_dir):
-    Path("jobs.jsonl").write_text('{"name": "plain", "seed": 1}\n{"name": "short", "max_steps": 2, "val_path": "none"}\n')
-    assert main(flags(tiny_gpt2_dir, "together", "--jobs", "jobs.jsonl", "--checkpointing", "full")) == 0
-    assert main(flags(tiny_gpt2_dir, "alone/plain", "--seed", 1, "--checkpointing", "full")) == 0
-    a, b = (load_file(Path(f, "plain", "adapter_model.safetensors")) for f in ("together", "alone"))
-    assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6) for k in a)
+def test_loading_belongs_to_the_first_run(place, tiny_llama_dir):
+    Path("jobs.jsonl").write_text('{"name": "one"}\n{"name": "two"}\n')
+    assert main(flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl", "--max_steps", 1)) == 0
+    one, two = (json.loads(Path("grid", name, "metrics.json").read_text())["phases"] for name in ("one", "two"))
+    assert one["load_s"] > 0 and "load_s" not in two and two["loop_s"] > 0
+    assert Path("grid/two/system.jsonl").exists()
+
+
+@pytest.mark.parametrize("backend", ["native", "hf"])
+def test_a_backend_gives_each_run_a_fresh_adapter(backend, place, tiny_gpt2_dir):
+    more = ["--backend", backend, "--checkpointing", "full"] if backend == "native" else ["--backend", backend]
+    Path("jobs.jsonl").write_text('{"name": "short", "max_steps": 2, "lora_dropout": 0.1}\n{"name": "plain", "seed": 1, "max_steps": 3}\n')
+    assert main(flags(tiny_gpt2_dir, "grid", "--jobs", "jobs.jsonl", *more)) == 0
+    assert main(flags(tiny_gpt2_dir, "alone/short", "--max_steps", 2, "--lora_dropout", 0.1, *more)) == 0
+    assert main(flags(tiny_gpt2_dir, "alone/plain", "--seed", 1, "--max_steps", 3, *more)) == 0
+    for name in ("short", "plain"):
+        assert_as_alone(name)
+
+
+@pytest.mark.slow
+def test_several_ranks_train_one_run_after_the_other(place, tiny_llama_dir):
+    Path("jobs.jsonl").write_text('{"name": "plain", "seed": 1}\n{"name": "short", "max_steps": 2}\n')
+    group = Group(2, flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl"), place)
+    assert group.wait() == [0, 0], group.text()
+    (place / "alone").mkdir()
+    for name, words in (("plain", ["--seed", 1]), ("short", ["--max_steps", 2])):
+        group = Group(2, flags(tiny_llama_dir, f"alone/{name}", *words), place / "alone")
+        assert group.wait() == [0, 0], group.text()
+        assert_as_alone(name)
 
 
 def test_a_run_that_breaks_does_not_take_the_others_along(place, tiny_llama_dir, capsys):
     Path("jobs.jsonl").write_text('{"name": "plain", "seed": 1}\n{"name": "broken", "lr": 1e30, "val_path": "none"}\n')
-    assert main(flags(tiny_llama_dir, "together", "--jobs", "jobs.jsonl")) == 70
+    assert main(flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl")) == 70
     err = capsys.readouterr().err
-    assert "broken: failed: step " in err and "together: 1 of 2 runs failed" in err.splitlines()[-1]
-    assert json.loads(Path("together/broken/run.json").read_text())["status"] == "failed"
-    assert checkpoint.newest(Path("together/broken/checkpoints")).step >= 1
+    assert "broken: failed: step " in err and "grid: 1 of 2 runs failed" in err.splitlines()[-1]
+    assert json.loads(Path("grid/broken/run.json").read_text())["status"] == "failed"
+    assert checkpoint.newest(Path("grid/broken/checkpoints")).step >= 1
     train_alone(tiny_llama_dir, "plain")
     assert_as_alone("plain")
 
 
 @pytest.mark.slow
 def test_killed_at_random_instants_each_ends_with_the_same_bits(attempts, place, tiny_llama_dir):  # noqa: F811
-    """Also where the runs were at different steps when they died."""
-    argv = flags(tiny_llama_dir, "together", "--jobs", "jobs.jsonl", "--resume", "auto")
+    argv = flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl", "--resume", "auto")
     codes = finish(attempts, argv, place / "log", seed=11, kills=8)
     assert codes.count(-signal.SIGKILL) >= 8
     for name in JOBS:
@@ -123,25 +137,25 @@ def test_killed_at_random_instants_each_ends_with_the_same_bits(attempts, place,
 
 
 @pytest.mark.slow
-def test_a_signal_stops_all_and_one_may_go_on_alone(attempts, place, tiny_llama_dir):  # noqa: F811
-    argv, log = flags(tiny_llama_dir, "together", "--jobs", "jobs.jsonl", "--resume", "auto"), place / "log"
+def test_a_signal_stops_them_and_one_may_go_on_alone(attempts, place, tiny_llama_dir):  # noqa: F811
+    argv, log = flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl", "--resume", "auto"), place / "log"
     code = None
     while code != 75:
-        shutil.rmtree("together", ignore_errors=True)
+        shutil.rmtree("grid", ignore_errors=True)
         code = attempts(argv, log, kill_after_s=random.uniform(0.3, 2.0), number=signal.SIGUSR1)
         assert code in (0, 75, -signal.SIGUSR1), log.read_text()
-    assert "together: stopped by SIGUSR1 with everything saved; go on with --resume auto" in log.read_text()
-    status = {name: json.loads(Path("together", name, "run.json").read_text())["status"] for name in JOBS}
-    assert status["slow"] == "interrupted" and set(status.values()) <= {"interrupted", "completed"}
-    assert attempts([*flags(tiny_llama_dir, "together/slow", *words(JOBS["slow"])), "--resume", "auto"], log) == 0, log.read_text()
+    assert "grid: stopped by SIGUSR1 with everything saved; go on with --resume auto" in log.read_text()
+    begun = {name: json.loads(record.read_text())["status"] for name in JOBS if (record := Path("grid", name, "run.json")).exists()}
+    assert [*begun.values()] == ["completed"] * (len(begun) - 1) + ["interrupted"] and [*begun] == [*JOBS][: len(begun)]
+    assert attempts([*flags(tiny_llama_dir, "grid/slow", *words(JOBS["slow"])), "--resume", "auto"], log) == 0, log.read_text()
     assert attempts(argv, log) == 0, log.read_text()
-    assert f"{Path('together/slow').resolve()}: this run is complete; nothing to do" in log.read_text()
+    assert f"{Path('grid/slow').resolve()}: this run is complete; nothing to do" in log.read_text()
     for name in JOBS:
         train_alone(tiny_llama_dir, name)
         assert_as_alone(name)
 
 
-# The file and what does not go together
+# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -164,10 +178,10 @@ def test_a_signal_stops_all_and_one_may_go_on_alone(attempts, place, tiny_llama_
 )
 def test_mistakes_in_the_file_are_told_before_anything_happens(content, code, words, place, tmp_path, capsys):
     Path("jobs.jsonl").write_text(content)
-    assert main(flags("no-such-model", "together", "--jobs", "jobs.jsonl")) == code
+    assert main(flags("no-such-model", "grid", "--jobs", "jobs.jsonl")) == code
     error = capsys.readouterr().err.strip()
     assert words in error and "\n" not in error
-    assert not Path("together").exists()
+    assert not Path("grid").exists()
 
 
 def test_the_file_is_read_like_any_jsonl(tmp_path):
@@ -178,49 +192,37 @@ def test_the_file_is_read_like_any_jsonl(tmp_path):
     assert [*jobs] == ["a", "b"] and jobs["a"].text_field == "x\u2028y"
 
 
-def test_what_does_not_go_together_is_refused(place, tiny_llama_dir, tiny_neox_dir, monkeypatch, capsys):
-    def refused(code, words, *more, model=tiny_llama_dir):
-        assert main(flags(model, "together", "--jobs", "jobs.jsonl", *more)) == code
+def test_mistakes_are_told_before_the_first_run_begins(place, tiny_llama_dir, capsys):
+    def refused(code, words, *more):
+        assert main(flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl", *more)) == code
         assert words in capsys.readouterr().err.splitlines()[-1]
 
-    refused(64, "not together with --jobs: only the native decoder", "--backend", "hf")
-    refused(64, "its own adapter; leave it out, or train them", "--backend", "hf", "--resume", "together")
-    refused(64, "--shard_base: not together with --jobs", "--shard_base")
-    refused(64, "use --resume auto", "--resume", "together")
+    refused(64, "use --resume auto", "--resume", "grid")
     refused(65, "nowhere.jsonl: no such file", "--jobs", "nowhere.jsonl")
-    refused(64, "--lora_dropout and --checkpointing full", "--checkpointing", "full")
-    assert not Path("together").exists()
-    assert main(["profile", *flags(tiny_llama_dir, "together", "--jobs", "jobs.jsonl"), "--profile_dir", "profile"]) == 64
+    assert not Path("grid").exists()
+    assert main(["profile", *flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl"), "--profile_dir", "profile"]) == 64
     assert "--jobs: profiles one run" in capsys.readouterr().err and not Path("profile").exists()
-    refused(69, "does not know this kind of gpt_neox model", model=tiny_neox_dir)
-    monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "2"} | dict.fromkeys(("RANK", "LOCAL_RANK"), "0"))
-    monkeypatch.setattr(os, "environ", os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"})
-    refused(64, "several ranks: not together with --jobs")
+    Path("jobs.jsonl").write_text('{"name": "fine"}\n{"name": "wrong", "target_modules": "q_porj"}\n')
+    refused(64, "--target_modules q_porj: matches no linear layer")
+    assert not Path("grid/fine/events.jsonl").exists() and not Path("grid/wrong").exists()
+
+
+def test_another_run_in_the_last_folder_is_seen_before_the_first_begins(place, tiny_llama_dir, capsys):
+    train_alone(tiny_llama_dir, "short")
+    Path("grid").mkdir()
+    Path("alone/short").rename("grid/short")
+    record = json.loads(Path("grid/short/run.json").read_text())
+    assert record["status"] == "completed"
+    Path("jobs.jsonl").write_text('{"name": "plain"}\n{"name": "short", "lora_r": 2}\n')
+    assert main(flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl", "--resume", "auto")) == 64
+    assert "was saved by a run with other settings" in capsys.readouterr().err
+    assert not Path("grid/plain/events.jsonl").exists()
 
 
 def test_a_folder_of_another_run_is_refused_and_nothing_is_touched(place, tiny_llama_dir, capsys):
     train_alone(tiny_llama_dir, "short")
-    Path("alone").rename("together")
-    before = Path("together/short/run.json").read_bytes()
-    assert main(flags(tiny_llama_dir, "together", "--jobs", "jobs.jsonl")) == 64
-    assert "together/short: holds an earlier run (completed)" in capsys.readouterr().err
-    assert Path("together/short/run.json").read_bytes() == before and not Path("together/plain").exists()
-
-
-# Which blocks share a pass
-
-
-@given(st.lists(st.lists(st.integers(1, 150), max_size=5), max_size=5))
-def test_blocks_share_passes_in_order_and_within_bounds(blocks):
-    passes = share(blocks, 100)
-    assert sorted(place for each in passes for place in each) == [(r, i) for r, sizes in enumerate(blocks) for i in range(len(sizes))]
-    for run in range(len(blocks)):
-        assert [i for each in passes for r, i in each if r == run] == list(range(len(blocks[run]))), "each run's order is kept"
-    for each in passes:
-        assert len({r for r, _ in each}) == len(each), "one block of a run"
-        assert len(each) == 1 or sum(blocks[r][i] for r, i in each) <= 100
-
-
-def test_small_blocks_do_share():
-    assert share([[30], [40, 90], [30], [50]], 100) == [[(0, 0), (1, 0), (2, 0)], [(3, 0)], [(1, 1)]]
-    assert share([], 100) == []
+    Path("alone").rename("grid")
+    before = Path("grid/short/run.json").read_bytes()
+    assert main(flags(tiny_llama_dir, "grid", "--jobs", "jobs.jsonl")) == 64
+    assert "grid/short: holds an earlier run (completed)" in capsys.readouterr().err
+    assert Path("grid/short/run.json").read_bytes() == before and not Path("grid/plain").exists()

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from helpers import native, randomise_b, tiny_corpus, tiny_model, train_loop
+from helpers import native, randomise_b, tiny_corpus, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import deal
 from lorabatch.errors import UnavailableError
 from lorabatch.model.lora import LoraSettings
-from lorabatch.train import checkpoint
+from lorabatch.train import checkpoint, loop
 from lorabatch.train.ranks import ALONE, Place, Ranks, find_place, first_host
 from lorabatch.train.state import Learner
 
@@ -230,7 +230,7 @@ def fresh_learner():
 def gradient_of_a_step(model, learner, ranks, batch_size, accumulation):
     config = TrainConfig(batch_size=batch_size, grad_accum_steps=accumulation, max_steps=1, max_grad_norm=0, block_tokens=40)
     nothing = dict.fromkeys(("sink", "on_step", "on_eval"), lambda *_: None)
-    train_loop(model, learner, tiny_corpus(LENGTHS, first_targets=TARGETS), None, config, **nothing, stop_requested=bool, ranks=ranks)
+    loop.train(model, learner, tiny_corpus(LENGTHS, first_targets=TARGETS), None, config, **nothing, stop_requested=bool, ranks=ranks)
     return learner.adapters.grad
 
 

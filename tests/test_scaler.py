@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers import native, randomise_b, tiny_corpus, tiny_model, train_loop
+from helpers import native, randomise_b, tiny_corpus, tiny_model
 from test_train_loop import LENGTHS, TARGETS
 
 from lorabatch.config import TrainConfig
 from lorabatch.errors import TrainingError
 from lorabatch.model.lora import LoraSettings
+from lorabatch.train import loop
 from lorabatch.train.scaler import LARGEST, LossScaler
 from lorabatch.train.state import Learner
 
@@ -45,7 +46,7 @@ def fp16_run(scale, *, dtype=torch.float16, steps=6):
     config = TrainConfig(batch_size=8, epochs=steps, lr=1e-2, max_grad_norm=0, warmup_steps=0)
     events, gradients = [], []
     corpus = tiny_corpus(LENGTHS, first_targets=TARGETS)
-    train_loop(
+    loop.train(
         model,
         learner,
         corpus,

@@ -143,16 +143,16 @@ def test_every_setting_is_one_that_lorabatch_knows(project: Project) -> None:
     done = project.run("run_local.sh", "--base_model=some/model", "--no-cuda", *flags)
     assert done.returncode == 0, done.stderr
     train, alone, adapted, report = (command.split()[2:] for command in project.commands())
-    config = parse(TrainConfig, train, prog="", command="train")[0]
+    config = parse(TrainConfig, train, prog="")[0]
     assert config.to_dict() | {
         "base_model": "some/model", "train_path": "t.txt", "val_path": None, "save_dir": "s", "max_steps": 7, "epochs": 2, "batch_size": 3,
         "max_val_documents": 5, "lr": 0.5, "lora_r": 4, "lora_alpha": 9.0, "no_cuda": True, "overwrite": True,
     } == config.to_dict()  # fmt: skip
     common = {"base_model": "some/model", "prompts": "p.txt", "batch_size": 6, "max_new_tokens": 11, "iters": 2, "no_cuda": True}
     for words, own in ((alone, {"adapter_dir": None, "output_dir": "b"}), (adapted, {"adapter_dir": "s", "output_dir": "o"})):
-        values = parse(InferConfig, words, prog="", command="infer")[0].to_dict()
+        values = parse(InferConfig, words, prog="")[0].to_dict()
         assert values | common | own == values
-    config, extras = parse(ReportConfig, report, prog="", command="report", positionals={"runs": "run folders"})
+    config, extras = parse(ReportConfig, report, prog="", positionals={"runs": "run folders"})
     assert (config.output_dir, extras["runs"]) == ("r", ["s", "b", "o"])
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabatch.measure.statistics import bits_per_byte, mean, percentile, perplexity, rate, standard_deviation, summary
+from lorabatch.measure.statistics import bits_per_byte, mean, percentile, perplexity, rate, standard_deviation, student_t, summary
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,11 @@ def test_perplexity_and_bits_per_byte():
     assert bits_per_byte(8 * math.log(2), 4) == pytest.approx(2)
     assert bits_per_byte(0.0, 4) == 0
     assert bits_per_byte(1.0, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),  # of any table of the distribution
+    [(1, 12.706), (2, 4.303), (10, 2.228), (11, 2.201), (12, 2.179), (15, 2.131), (20, 2.086), (30, 2.042), (60, 2.000), (1000, 1.962)],
+)
+def test_students_t_goes_on_beyond_ten_degrees_of_freedom(freedom, quantile):
+    assert student_t(freedom) == pytest.approx(quantile, abs=6e-4)

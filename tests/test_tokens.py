@@ -14,7 +14,8 @@ from lorabatch.corpus.readers import Document
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument, tokenise
 from lorabatch.errors import DataError
 from lorabatch.model.lora import LoraSettings
-from lorabatch.train.evaluate import blocks_of, evaluate
+from lorabatch.train.batches import blocks_of
+from lorabatch.train.evaluate import evaluate
 
 TEXT = "The patient has a fever and a cough."
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import native, randomise_b, tiny_corpus, tiny_model, train_loop
+from helpers import native, randomise_b, tiny_corpus, tiny_model
 
 from lorabatch.config import TrainConfig
 from lorabatch.errors import TrainingError
@@ -32,7 +32,7 @@ class Run:
         self.after_eval = after_eval
         self.error = self.state = None
         try:
-            self.state = train_loop(
+            self.state = loop.train(
                 model,
                 Learner(adapters, self.config),
                 corpus,

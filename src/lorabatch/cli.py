@@ -152,22 +152,25 @@ def _bench_infer(config: BenchInferConfig, extras: dict[str, Any], command: list
 
 Command = tuple[type[Settings], Callable[[Any, dict[str, Any], list[str]], int], dict[str, str]]
 COMMANDS: dict[str, Command] = {
-    "train": (TrainConfig, _train, {}),
-    "infer": (InferConfig, _infer, {}),
-    "report": (ReportConfig, _report, {"runs": "run folders and JSON files of lorabatch bench, in any order"}),
-    "merge": (MergeConfig, _merge, {}),
-    "fetch": (FetchConfig, _fetch, {"name": "name on the hub, .gguf file, or smollm2-135m"}),
-    "stage": (StageConfig, _stage, {"name": "what was fetched", "to": "folder on the node's own disk"}),
-    "sweep": (SweepConfig, _sweep, {"file": "TOML file with the tables [train] and [search]"}),
-    "submit": (SubmitConfig, _submit, {"what": "train, infer, sweep or pipeline"}),
-    "status": (StatusConfig, _status, {"folder": "run folder that lorabatch submit named"}),
-    "doctor": (DoctorConfig, _doctor, {}),
-    "compare": (CompareConfig, _compare, {"a": "run folder, or file of lorabatch bench", "b": "the same of what may be faster"}),
-    "profile train": (ProfileTrainConfig, _profile_train, {}),
-    "profile infer": (ProfileInferConfig, _profile_infer, {}),
-    "bench machine": (BenchMachineConfig, _bench_machine, {}),
-    "bench train": (BenchTrainConfig, _bench_train, {}),
-    "bench infer": (BenchInferConfig, _bench_infer, {}),
+    config.command: (config, action, positionals)
+    for config, action, positionals in (
+        (TrainConfig, _train, {}),
+        (InferConfig, _infer, {}),
+        (ReportConfig, _report, {"runs": "run folders and JSON files of lorabatch bench, in any order"}),
+        (MergeConfig, _merge, {}),
+        (FetchConfig, _fetch, {"name": "name on the hub, .gguf file, or smollm2-135m"}),
+        (StageConfig, _stage, {"name": "what was fetched", "to": "folder on the node's own disk"}),
+        (SweepConfig, _sweep, {"file": "TOML file with the tables [train] and [search]"}),
+        (SubmitConfig, _submit, {"what": "train, infer, sweep or pipeline"}),
+        (StatusConfig, _status, {"folder": "run folder that lorabatch submit named"}),
+        (DoctorConfig, _doctor, {}),
+        (CompareConfig, _compare, {"a": "run folder, or file of lorabatch bench", "b": "the same of what may be faster"}),
+        (ProfileTrainConfig, _profile_train, {}),
+        (ProfileInferConfig, _profile_infer, {}),
+        (BenchMachineConfig, _bench_machine, {}),
+        (BenchTrainConfig, _bench_train, {}),
+        (BenchInferConfig, _bench_infer, {}),
+    )
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}  # commands of two words
 
@@ -246,7 +249,7 @@ def run_command(name: str, argv: list[str], *, prog: str | None = None) -> int:
     config_class, action, positionals = COMMANDS[name]
     debug = "--debug" in argv
     try:
-        config, extras = parse(config_class, argv, prog=prog or f"lorabatch {name}", command=name, positionals=positionals)
+        config, extras = parse(config_class, argv, prog=prog or f"lorabatch {name}", positionals=positionals)
         if "LORABATCH_KERNELS" in os.environ:  # before the slow part, and without ctypes where nobody asked
             from lorabatch import kernels
 

@@ -16,7 +16,7 @@ THREADS = "CPU threads (default: the cores this process may use)"
 
 
 @dataclass(frozen=True)
-class TrainConfig(Settings):
+class TrainConfig(Settings, command="train"):
     """Fine-tune a base model with LoRA; the adapter lands in --save_dir in PEFT's format."""
 
     base_model: str = setting("distilgpt2", A_MODEL, free=True)
@@ -94,7 +94,7 @@ class TrainConfig(Settings):
 
 
 @dataclass(frozen=True)
-class InferConfig(Settings):
+class InferConfig(Settings, command="infer"):
     """Complete all prompts of a file in batches; one JSON line per finished request."""
 
     base_model: str = setting("distilgpt2", A_MODEL)
@@ -154,7 +154,7 @@ class InferConfig(Settings):
 
 
 @dataclass(frozen=True)
-class MergeConfig(Settings):
+class MergeConfig(Settings, command="merge"):
     """Write a model folder with an adapter merged into the base, for tools that do not know adapters."""
 
     base_model: str = setting("distilgpt2", A_MODEL)
@@ -164,7 +164,7 @@ class MergeConfig(Settings):
 
 
 @dataclass(frozen=True)
-class FetchConfig(Settings):
+class FetchConfig(Settings, command="fetch"):
     """Download or convert a base model and write MANIFEST.json (revision, sizes, SHA-256)."""
 
     to: str | None = setting(None, "folder to write a self-contained copy to (default: the cache)")
@@ -174,14 +174,14 @@ class FetchConfig(Settings):
 
 
 @dataclass(frozen=True)
-class StageConfig(Settings):
+class StageConfig(Settings, command="stage"):
     """Copy a fetched model to a node's own disk, links followed, without the network."""
 
     verify: bool = setting(False, "check every copied file against the checksums it was fetched with")
 
 
 @dataclass(frozen=True)
-class ReportConfig(Settings):
+class ReportConfig(Settings, command="report"):
     """Write RELATORIO.md (Portuguese) and report.html from run folders."""
 
     output_dir: str = setting("report", "folder for RELATORIO.md and report.html")
@@ -190,7 +190,7 @@ class ReportConfig(Settings):
 
 
 @dataclass(frozen=True)
-class SweepConfig(Settings):
+class SweepConfig(Settings, command="sweep"):
     """Train every point of a grid or random search once, shared between processes; ends with a leaderboard."""
 
     output_dir: str | None = setting(None, "folder of the sweep (default: results/sweep-<name of the file>)")
@@ -201,7 +201,7 @@ class SweepConfig(Settings):
 
 
 @dataclass(frozen=True)
-class SubmitConfig(Settings):
+class SubmitConfig(Settings, command="submit"):
     """Submit train, infer, sweep, or the whole pipeline to Slurm; --config names the experiment's TOML file."""
 
     TOP_LEVEL_KEYS = False  # those of the file are the experiment's
@@ -229,12 +229,12 @@ class SubmitConfig(Settings):
 
 
 @dataclass(frozen=True)
-class StatusConfig(Settings):
+class StatusConfig(Settings, command="status"):
     """Show the jobs of a submission and how far they are."""
 
 
 @dataclass(frozen=True)
-class DoctorConfig(Settings):
+class DoctorConfig(Settings, command="doctor"):
     """Check Python, torch, devices, threads, memory, disk, caches and Slurm before a job begins; exit 69 if it would be wasted."""
 
     base_model: str | None = setting(None, "also look this model up, without the network")
@@ -245,7 +245,7 @@ class DoctorConfig(Settings):
 
 
 @dataclass(frozen=True)
-class BenchMachineConfig(Settings):
+class BenchMachineConfig(Settings, command="bench machine"):
     """Measure what this machine can do (matrix products, memory) and keep it as the ceiling of its runs."""
 
     output: str | None = setting(None, "also write the record to this JSON file")
@@ -255,7 +255,7 @@ class BenchMachineConfig(Settings):
 
 
 @dataclass(frozen=True)
-class ProfileTrainConfig(TrainConfig):
+class ProfileTrainConfig(TrainConfig, command="profile train"):
     """Train for a few steps and say where the time went; nothing but --profile_dir is written."""
 
     profile_dir: str = setting("results/profile-train", "folder for trace, operators, memory and summary")
@@ -263,7 +263,7 @@ class ProfileTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class ProfileInferConfig(InferConfig):
+class ProfileInferConfig(InferConfig, command="profile infer"):
     """Complete some prompts and say where the time went; nothing but --profile_dir is written."""
 
     profile_dir: str = setting("results/profile-infer", "folder for trace, operators, memory and summary")
@@ -271,7 +271,7 @@ class ProfileInferConfig(InferConfig):
 
 
 @dataclass(frozen=True)
-class CompareConfig(Settings):
+class CompareConfig(Settings, command="compare"):
     """Say whether B is faster than A: two run folders, or two files of lorabatch bench."""
 
     across_hosts: bool = setting(False, "compare measurements of different machines, labelled as such")
@@ -294,7 +294,7 @@ class BenchConfig(Settings):
 
 
 @dataclass(frozen=True)
-class BenchTrainConfig(BenchConfig):
+class BenchTrainConfig(BenchConfig, command="bench train"):
     """Training tokens/s of whole optimiser steps over batch sizes or numbers of threads."""
 
     document_tokens: int = setting(128, "random tokens of each document", minimum=2)
@@ -303,7 +303,7 @@ class BenchTrainConfig(BenchConfig):
 
 
 @dataclass(frozen=True)
-class BenchInferConfig(BenchConfig):
+class BenchInferConfig(BenchConfig, command="bench infer"):
     """Output tokens/s and batch latency over batch sizes or threads, beside what the machine's measured rates would allow."""
 
     batch_sizes: tuple[int, ...] = setting((1, 4, 16, 64, 256), "requests that run at once", minimum=1)

@@ -55,9 +55,18 @@ def setting(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Base of all configurations: values are checked when the object is made."""
+    """Base of all configurations: values are checked when the object is made. A class statement names the command that it is for:
+    ``class TrainConfig(Settings, command="train")``."""
 
+    command: ClassVar[str] = ""
+    commands: ClassVar[list[str]] = []  # of all configurations
     TOP_LEVEL_KEYS: ClassVar[bool] = True  # a TOML file's keys outside of tables are meant for this command too
+
+    def __init_subclass__(cls, command: str = "") -> None:
+        super().__init_subclass__()
+        cls.command = command
+        if command:
+            Settings.commands.append(command)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -189,7 +198,7 @@ def _underscored(argv: list[str]) -> list[str]:
 
 
 def parse(
-    config_class: type[ConfigType], argv: list[str], *, prog: str, command: str, positionals: dict[str, str] | None = None
+    config_class: type[ConfigType], argv: list[str], *, prog: str, positionals: dict[str, str] | None = None
 ) -> tuple[ConfigType, dict[str, Any]]:
     """Command line -> (configuration, positional values and the common switches).
 
@@ -219,7 +228,7 @@ def parse(
     for name, text in values.items():
         kind, optional, many = _value_type(hints[name])
         given[name] = tuple(_convert(name, t, kind, False) for t in text) if many else _convert(name, text, kind, optional)
-    from_file = read_toml(config_class, Path(extras["config"]), command=command) if extras["config"] else {}
+    from_file = read_toml(config_class, Path(extras["config"])) if extras["config"] else {}
     config = config_class(**(from_file | given))
     if extras["print_config"]:
         print(config.to_toml(), end="")
@@ -237,13 +246,13 @@ def read_table(path: Path) -> dict[str, Any]:
         raise DataError(f"not a readable TOML file ({error})", where=path, fix="mend the line it names") from None
 
 
-def read_toml(config_class: type[Settings], path: Path, *, command: str) -> dict[str, Any]:
-    """Settings from a TOML file: top-level keys, and those of the command's table: ``[train]``, ``[bench.machine]``.
+def read_toml(config_class: type[Settings], path: Path) -> dict[str, Any]:
+    """Settings from a TOML file: top-level keys, and those of the table of the class's command: ``[train]``, ``[bench.machine]``.
 
     Tables of other commands are left alone, so that one file can describe a whole experiment.
     """
     table = read_table(path)
-    commands = ("train", "infer", "merge", "fetch", "stage", "report", "bench", "profile", "compare", "submit")
+    command, commands = config_class.command, {name.split()[0] for name in Settings.commands}
     for name in table:
         if isinstance(table[name], dict) and name not in commands:
             raise UsageError(f"unknown table [{name}]", where=path, fix=nearest(name, commands))

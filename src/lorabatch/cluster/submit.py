@@ -98,11 +98,11 @@ def plan(what: str, config: SubmitConfig, experiment: str | None, run_dir: Path,
     options = _options(config, run_dir, partition)
     jobs: list[Job] = []
     if what in ("train", "pipeline"):
-        _check(TrainConfig, experiment, "train")
+        _check(TrainConfig, experiment)
         words = ("train", *settings, *on_cpu, "--save_dir", str(run_dir / "train"), "--resume", "auto")
         jobs.append(Job("train", (*options, f"--nodes={config.nodes}", f"--ntasks-per-node={config.tasks_per_node}"), script, words))
     if what in ("infer", "pipeline"):
-        _check(InferConfig, experiment, "infer")
+        _check(InferConfig, experiment)
         adapter = ("--adapter_dir", str(run_dir / "train")) if what == "pipeline" else ()
         shards = config.shards or SHARDS_PER_TASK * (config.array or 1)
         words = ("infer", *settings, *on_cpu, *adapter, "--output_dir", str(run_dir / "infer"), "--shards", str(shards))
@@ -151,10 +151,10 @@ def _log(run_dir: Path) -> str:
     return f"--output={run_dir}/logs/".replace("%", "%%") + "%x-%j.out"
 
 
-def _check(config_class: Any, experiment: str | None, command: str) -> None:
+def _check(config_class: Any, experiment: str | None) -> None:
     """A mistake in the file is found now, not after a night in the queue."""
     if experiment:
-        config_class(**read_toml(config_class, Path(experiment), command=command))
+        config_class(**read_toml(config_class, Path(experiment)))
 
 
 def _tasks(job: Job) -> int:

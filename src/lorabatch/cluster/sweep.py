@@ -30,7 +30,7 @@ from lorabatch.cluster.child import Ended, run_child
 from lorabatch.cluster.claims import DONE, Claim, is_done, owners, work_through
 from lorabatch.config import SweepConfig, TrainConfig
 from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest, visible
-from lorabatch.measure.statistics import mean, standard_deviation
+from lorabatch.measure.statistics import mean, standard_deviation, student_t
 from lorabatch.records import read_json, replacing, utc_now, write_json, writing
 from lorabatch.schema import is_number
 from lorabatch.settings import read_table, typed_values
@@ -40,9 +40,6 @@ from lorabatch.train.jobfile import SHARED
 MOST_TRIALS = 100_000
 ANEW = "remove it and run the same command again: trials that are complete are not trained again"
 DEFAULTS: dict[str, Any] = {"method": "grid", "samples": 10, "seed": 0, "metric": "eval_loss", "train": {}, "search": {}}
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; the normal quantile beyond.
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-NORMAL = 1.96
 
 
 def run_sweep(file: str, config: SweepConfig) -> int:
@@ -250,9 +247,8 @@ def leaderboard(trials: Sequence[Mapping[str, Any]], done: Sequence[Mapping[str,
 
 def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean, and half the width of its 95 % interval; None for what so few values do not have."""
-    spread, freedom = standard_deviation(values), len(values) - 1
-    quantile = STUDENT_T[freedom - 1] if freedom <= len(STUDENT_T) else NORMAL
-    return mean(values), None if spread is None else quantile * spread / math.sqrt(len(values))
+    spread = standard_deviation(values)
+    return mean(values), None if spread is None else student_t(len(values) - 1) * spread / math.sqrt(len(values))
 
 
 def as_markdown(board: Mapping[str, Any]) -> str:

@@ -49,27 +49,6 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return blocks
 
 
-def share(blocks: Sequence[Sequence[int]], capacity: int) -> list[list[tuple[int, int]]]:
-    """Passes that several runs share. blocks: the tokens of each run's blocks -> (run, block) of each pass, first fit.
-
-    Each run's blocks keep their order, in passes of their own: what happens to a run does not depend on the others.
-    Example: ``share([[4, 2], [3], [5]], 7) == [[(0, 0), (1, 0)], [(2, 0), (0, 1)]]``.
-    """
-    passes: list[list[tuple[int, int]]] = []
-    room: list[int] = []
-    next_pass = [0] * len(blocks)
-    for number in range(max(map(len, blocks), default=0)):
-        for run, tokens in ((run, sizes[number]) for run, sizes in enumerate(blocks) if number < len(sizes)):
-            at = next((p for p in range(next_pass[run], len(passes)) if room[p] >= tokens), len(passes))
-            if at == len(passes):
-                passes.append([])
-                room.append(capacity)
-            passes[at].append((run, number))
-            room[at] -= tokens
-            next_pass[run] = at + 1
-    return passes
-
-
 def deal(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Indices of ``lengths`` for each of ``count`` ranks, sums near-equal: the longest first, each to the one that has least.
 

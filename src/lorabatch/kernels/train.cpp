@@ -311,7 +311,7 @@ static int64_t attend(const Block& b, bool backward) {
     return 0;
 }
 
-constexpr int64_t MAX_RANKS = 64;  // of all parts of a layer together
+constexpr int64_t MAX_RANKS = 256;  // of all parts of a layer together
 
 // The low-rank side of an adapted product, y += scale (x Aᵀ) Bᵀ for each part of a fused layer, and its gradients. Beside the big
 // product these are passes over its operands, so each operand is read once here.
@@ -323,8 +323,10 @@ struct Part {
 struct Adapters {
     const Part* parts;
     int64_t count, rank, in, out, tokens, threads;
+    // Columns of a part in what is `rank` wide: whole vectors, zeros at their end.
+    int64_t width() const { return up(rank, 16); }
     bool fits() const {
-        bool fine = rank > 0 && rank % 16 == 0 && count * rank <= MAX_RANKS && in % TILE == 0;
+        bool fine = rank > 0 && count * width() <= MAX_RANKS && in % TILE == 0;
         for (int64_t n = 0; n < count; n++) fine &= parts[n].start >= 0 && parts[n].width % TILE == 0 && parts[n].start + parts[n].width <= out;
         return fine;
     }
@@ -380,9 +382,10 @@ static void widen(const ValueOf<T>* low, int64_t stride, int64_t tokens, const i
         }
 }
 
-// out[k][c] = scale * sum over tokens of low[t][k] x[t][c], in fp32, or out[c][k] with `turned`. rank and width as above.
+// out[k][c] = scale * sum over tokens of low[t][k] x[t][c], in fp32, or out[c][k] with `turned`, for the first `kept` of each `group` of k
+// (which is a multiple of 16, and `rank` one of it). width as above.
 template <class T>
-static void over_tokens(const ValueOf<T>* low, int64_t low_stride, int64_t rank, const ValueOf<T>* x, int64_t stride, int64_t width, int64_t tokens, double scale, bool turned, int32_t* low_words, float* out) {
+static void over_tokens(const ValueOf<T>* low, int64_t low_stride, int64_t rank, int64_t group, int64_t kept, const ValueOf<T>* x, int64_t stride, int64_t width, int64_t tokens, double scale, bool turned, int32_t* low_words, float* out) {
     constexpr int P = T::per_dword, K = tiled<T> ? 16 : 4;
     const int64_t padded = up(tokens, TILE), steps = padded / P;
 #pragma omp for schedule(static)
@@ -408,38 +411,45 @@ static void over_tokens(const ValueOf<T>* low, int64_t low_stride, int64_t rank,
             pair_rows<T>(from, from_stride, TILE, TILE, pairs);
             for (int64_t k = 0; k < rank; k += K) multiply<T, true>(low_words + k * steps + t / P, steps, pairs, TILE, TILE / P, *(__m512(*)[K][V])(total + k));
         }
-        for (int64_t k = 0; k < rank; k++)
-            for (int64_t i = 0; i < TILE; i++) out[turned ? (c + i) * rank + k : k * width + c + i] = ((const float*)total[k])[i] * (float)scale;
+        for (int64_t k = 0, to = 0; k < rank; k++) {
+            if (k % group >= kept) continue;
+            for (int64_t i = 0; i < TILE; i++) out[turned ? (c + i) * kept + to : to * width + c + i] = ((const float*)total[k])[i] * (float)scale;
+            to++;
+        }
     }
 }
 
-// Columns `first` and on of a product's right side, block [words][width]: column c holds the values scale * from[c * step + i * stride].
+// Columns `first` and on of a product's right side, block [words][width]: column c < columns holds the values scale * from[c * step + i * stride]
+// for i < rows; the other places, of `padded` columns and of all words, hold zeros.
 template <class T>
-static void fill_block(int64_t words, int64_t width, int32_t* block, int64_t first, int64_t columns, const float* from, int64_t step, int64_t stride, double scale) {
+static void fill_block(int64_t words, int64_t width, int32_t* block, int64_t first, int64_t columns, int64_t padded, int64_t rows, const float* from, int64_t step, int64_t stride, double scale) {
     constexpr int P = T::per_dword;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < words; i++)
-        for (int64_t c = 0; c < columns; c++)
-            for (int p = 0; p < P; p++) ((ValueOf<T>*)block)[(i * width + first + c) * P + p] = T::round(from[c * step + (i * P + p) * stride] * (float)scale);
+        for (int64_t c = 0; c < padded; c++)
+            for (int p = 0; p < P; p++) {
+                const int64_t row = i * P + p;
+                ((ValueOf<T>*)block)[(i * width + first + c) * P + p] = c < columns && row < rows ? T::round(from[c * step + row * stride] * (float)scale) : 0;
+            }
 }
 
-// x [T][I], low [T][count r], y [T][O]: fills low, adds to y.
+// x [T][I], low [T][count width()], y [T][O]: fills low, adds to y.
 template <class T>
 static int64_t lora_forward(const Adapters& ad, const ValueOf<T>* x, ValueOf<T>* low, ValueOf<T>* y) {
     constexpr int P = T::per_dword;
     if (!ad.fits()) return MISFIT;
-    const int64_t all = ad.count * ad.rank;
-    Arena arena(4 * (all * ad.in + ad.rank * ad.out) + 4096);
-    auto *a = arena.take<int32_t>(ad.in / P * all), *b = arena.take<int32_t>(ad.rank / P * ad.out);
+    const int64_t each = ad.width(), all = ad.count * each;
+    Arena arena(4 * (all * ad.in + each * ad.out) + 4096);
+    auto *a = arena.take<int32_t>(ad.in / P * all), *b = arena.take<int32_t>(each / P * ad.out);
 #pragma omp parallel num_threads((int)ad.threads)
     {
         TileRegion tiles;
-        for (int64_t n = 0; n < ad.count; n++) fill_block<T>(ad.in / P, all, a, n * ad.rank, ad.rank, ad.parts[n].a, ad.in, 1, 1);
+        for (int64_t n = 0; n < ad.count; n++) fill_block<T>(ad.in / P, all, a, n * each, ad.rank, each, ad.in, ad.parts[n].a, ad.in, 1, 1);
         narrow<T>(x, ad.in, ad.tokens, a, ad.in / P, all, low, all);
         for (int64_t n = 0; n < ad.count; n++) {
             const Part& p = ad.parts[n];
-            fill_block<T>(ad.rank / P, p.width, b, 0, p.width, p.b, ad.rank, 1, p.scale);
-            widen<T>(low + n * ad.rank, all, ad.tokens, b, ad.rank / P, p.width, y + p.start, ad.out);
+            fill_block<T>(each / P, p.width, b, 0, p.width, p.width, ad.rank, p.b, ad.rank, 1, p.scale);
+            widen<T>(low + n * each, all, ad.tokens, b, each / P, p.width, y + p.start, ad.out);
         }
     }
     return 0;
@@ -450,23 +460,23 @@ template <class T>
 static int64_t lora_backward(const Adapters& ad, const ValueOf<T>* x, const ValueOf<T>* low, const ValueOf<T>* grad, ValueOf<T>* low_grad, ValueOf<T>* x_grad, float* a_grad, float* b_grads) {
     constexpr int P = T::per_dword;
     if (!ad.fits()) return MISFIT;
-    const int64_t all = ad.count * ad.rank;
-    Arena arena(4 * (all * ad.in + ad.rank * ad.out + all * (ad.tokens + TILE)) + 4096);
-    auto *a = arena.take<int32_t>(all / P * ad.in), *b = arena.take<int32_t>(ad.out / P * ad.rank), *low_words = arena.take<int32_t>(all * up(ad.tokens, TILE) / P);
+    const int64_t each = ad.width(), all = ad.count * each;
+    Arena arena(4 * (all * ad.in + each * ad.out + all * (ad.tokens + TILE)) + 4096);
+    auto *a = arena.take<int32_t>(all / P * ad.in), *b = arena.take<int32_t>(ad.out / P * each), *low_words = arena.take<int32_t>(all * up(ad.tokens, TILE) / P);
 #pragma omp parallel num_threads((int)ad.threads)
     {
         TileRegion tiles;
         int64_t done = 0;
         for (int64_t n = 0; n < ad.count; n++) {
             const Part& p = ad.parts[n];
-            fill_block<T>(p.width / P, ad.rank, b, 0, ad.rank, p.b, 1, ad.rank, p.scale);
-            narrow<T>(grad + p.start, ad.out, ad.tokens, b, p.width / P, ad.rank, low_grad + n * ad.rank, all);
-            over_tokens<T>(low + n * ad.rank, all, ad.rank, grad + p.start, ad.out, p.width, ad.tokens, p.scale, true, low_words, b_grads + done);
+            fill_block<T>(p.width / P, each, b, 0, ad.rank, each, p.width, p.b, 1, ad.rank, p.scale);
+            narrow<T>(grad + p.start, ad.out, ad.tokens, b, p.width / P, each, low_grad + n * each, all);
+            over_tokens<T>(low + n * each, all, each, each, ad.rank, grad + p.start, ad.out, p.width, ad.tokens, p.scale, true, low_words, b_grads + done);
             done += p.width * ad.rank;
         }
-        over_tokens<T>(low_grad, all, all, x, ad.in, ad.in, ad.tokens, 1, false, low_words, a_grad);
+        over_tokens<T>(low_grad, all, all, each, ad.rank, x, ad.in, ad.in, ad.tokens, 1, false, low_words, a_grad);
         if (x_grad) {
-            for (int64_t n = 0; n < ad.count; n++) fill_block<T>(ad.rank / P, ad.in, a + n * ad.rank / P * ad.in, 0, ad.in, ad.parts[n].a, 1, ad.in, 1);
+            for (int64_t n = 0; n < ad.count; n++) fill_block<T>(each / P, ad.in, a + n * each / P * ad.in, 0, ad.in, ad.in, ad.rank, ad.parts[n].a, 1, ad.in, 1);
             widen<T>(low_grad, all, ad.tokens, a, all / P, ad.in, x_grad, ad.in);
         }
     }

@@ -50,9 +50,9 @@ class PackedAttention:
         self._starts = torch.tensor([0, *itertools.accumulate(self.lengths)])
 
     def whole(self, qkv: Tensor, heads: int, kv_heads: int, rope: tuple[Tensor, Tensor] | None) -> Tensor | None:
-        """Rotation and attention in one pass over qkv [T, (N + 2K) D] -> [T, N * D]; None where the C++ kernels do not serve."""
+        """Rotation and attention in one pass over qkv [T, (N + 2K) D], D in 64s, -> [T, N * D]; None where there are no kernels."""
         passes = passes_for(qkv)
-        if passes is None or (qkv.shape[1] // (heads + 2 * kv_heads)) % 64:
+        if passes is None:
             return None
         cos, sin = rope if rope is not None else (None, None)
         if torch.is_grad_enabled() and qkv.requires_grad:

@@ -61,6 +61,15 @@ class Layer(nn.Module):
         self.q_norm, self.k_norm = q_norm, k_norm
         self.checkpointing = "selective"  # what backward computes again: nothing, norms and activations, or the whole layer
 
+    @property
+    def attention_why_not(self) -> str | None:
+        """What the one-pass kernel for packed documents lacks for this layer."""
+        if self.q_norm is not None:
+            return "queries and keys are normalised"
+        if self.window is not None:
+            return "the model has attention windows"
+        return f"heads have {self.spec.head_dim} features, not a multiple of 64" if self.spec.head_dim % 64 else None
+
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
         if self.checkpointing == "full" and torch.is_grad_enabled():
             return checkpoint(self._run, x, rope, attention, use_reentrant=False)
@@ -76,7 +85,7 @@ class Layer(nn.Module):
     def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
         spec = self.spec
         qkv = self._after(self.norm1, self.qkv, x)
-        if isinstance(attention, PackedAttention) and self.q_norm is None and self.window is None:
+        if isinstance(attention, PackedAttention) and self.attention_why_not is None:
             y = attention.whole(qkv, spec.num_heads, spec.num_kv_heads, rope)
             if y is not None:
                 return y

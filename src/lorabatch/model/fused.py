@@ -17,7 +17,9 @@ from torch import Tensor
 
 from lorabatch.errors import LorabatchError
 from lorabatch.kernels import library
+from lorabatch.model.panels import whole
 
+MOST_RANKS = 256  # of all parts of a layer together; MAX_RANKS of train.cpp
 CHECKED = ("attend", "lora", "lora_grad", "loss")  # these return whether the sizes that they were given fit together
 
 
@@ -111,8 +113,8 @@ class Passes:
         return loss
 
     def lora(self, parts: Sequence[Part], rank: int, x: Tensor, y: Tensor) -> Tensor:
-        """Adds ``scale (x Aᵀ) Bᵀ`` of each part to its columns of y [T, O]; returns x Aᵀ of all parts [T, parts * r]."""
-        low = torch.empty(x.shape[0], len(parts) * rank, dtype=x.dtype)
+        """Adds ``scale (x Aᵀ) Bᵀ`` of each part to its columns of y [T, O]; returns x Aᵀ of all parts, each as wide as r rounded up to 16s."""
+        low = torch.empty(x.shape[0], len(parts) * whole(rank, 16), dtype=x.dtype)
         self._functions["lora"](_adapters(parts, rank, x, y), x.data_ptr(), low.data_ptr(), y.data_ptr())
         return low
 
@@ -120,7 +122,7 @@ class Passes:
         self, parts: Sequence[Part], rank: int, x: Tensor, low: Tensor, grad: Tensor, x_grad: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(gradients of all A [parts * r, I], of all B one after another, flat), fp32; adds the adapters' share to x_grad [T, I]."""
-        a_grad, b_grads = torch.empty(low.shape[1], x.shape[1]), torch.empty(rank * sum(p.width for p in parts))
+        a_grad, b_grads = torch.empty(len(parts) * rank, x.shape[1]), torch.empty(rank * sum(p.width for p in parts))
         low_grad = torch.empty_like(low)
         pointers = (t.data_ptr() for t in (x, low, grad, low_grad))
         self._functions["lora_grad"](

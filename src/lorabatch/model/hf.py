@@ -97,6 +97,10 @@ class HfModel:
         }
         return AdapterSet(settings, pairs)
 
+    def detach(self) -> None:
+        """Take the adapters of ``attach`` off again."""
+        self.model = self.model.unload()
+
     def _targets(self, targets: tuple[str, ...]) -> str | list[str]:
         if targets == ("all-linear",):
             return "all-linear"
@@ -110,6 +114,10 @@ class HfModel:
                 fix="use all-linear or names of its layers",
             )
         return names
+
+    def slower_paths(self) -> list[str]:
+        """The whole pass is transformers' own; choosing the backend has said so."""
+        return []
 
     def train(self, mode: bool = True) -> None:
         """Switches the adapters' dropout only: frozen layers run as they will at inference, as in the native backend."""

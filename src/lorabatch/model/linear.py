@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorabatch.model import fused
-from lorabatch.model.fused import Passes, passes_for
-from lorabatch.model.panels import Panels
+from lorabatch.model.fused import MOST_RANKS, Passes, passes_for
+from lorabatch.model.panels import Panels, whole
 
 Before = Callable[[Tensor], Tensor]  # a frozen function of each row that is cheap to compute again: a norm, an activation
 
@@ -134,14 +134,7 @@ class Adapter(nn.Module):
         self.scale = scale
 
 
-@dataclass(frozen=True)
-class Route:
-    """Rows of the flat stream, and the adapters that they go through."""
-
-    rows: slice
-    adapters: tuple[tuple[Part, Adapter], ...]
-    dropout: float = 0.0  # on the input of the adapters
-    generator: torch.Generator | None = None  # of the dropout; None: torch's own
+Adapted = Sequence[tuple[Part, Adapter]]  # parts of a layer that have an adapter
 
 
 class FrozenLinear(nn.Module):
@@ -155,33 +148,34 @@ class FrozenLinear(nn.Module):
         self.product: Product = packed_product(weight) if prepack else Dense(weight)
         self.adapters = nn.ModuleDict()  # key: index of the part, as a string
         self.dropout = 0.0
-        self.routes: Sequence[Route] | None = None  # where several runs share a pass, in place of the adapters above
 
     def forward(self, x: Tensor, before: Before | None = None) -> Tensor:
         """x [T, I] -> [T, O]. With ``before``, of ``before(x)``: then x is what is kept for the backward pass, not ``before(x)``."""
-        routes = self._one_route() if self.routes is None else self.routes
-        if routes:
-            masks = [self._mask(x[route.rows], route) for route in routes]
-            tensors = [t for route in routes for _, adapter in route.adapters for t in (adapter.a, adapter.b)]
-            return _AdaptedProduct.apply(x, self, before, routes, masks, *tensors)
+        if self.adapters:
+            adapted = self._adapted()
+            tensors = [t for _, adapter in adapted for t in (adapter.a, adapter.b)]
+            return _AdaptedProduct.apply(x, self, before, adapted, self._mask(x), *tensors)
         if before is not None:
             x = before(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _FrozenProduct.apply(x, self)
         return self.product.forward(x, self.bias)
 
-    def _one_route(self) -> Sequence[Route]:
-        if not self.adapters:
-            return ()
-        adapters = cast("list[tuple[str, Adapter]]", list(self.adapters.items()))
-        return (Route(slice(None), tuple((self.parts[int(index)], adapter) for index, adapter in adapters), self.dropout),)
+    @property
+    def adapters_why_not(self) -> str | None:
+        """What the kernels for adapters lack for this layer's."""
+        return _kernels_lack(self._adapted(), dropout=self.dropout > 0) if self.adapters else None
 
-    def _mask(self, x: Tensor, route: Route) -> Tensor | None:
-        """[rows, I] of zeros and 1 / (1 - p): one for all parts of the layer; peft draws one per part, which is as valid."""
-        if not self.training or not route.dropout:
+    def _adapted(self) -> Adapted:
+        adapters = cast("list[tuple[str, Adapter]]", list(self.adapters.items()))
+        return [(self.parts[int(index)], adapter) for index, adapter in adapters]
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        """[T, I] of zeros and 1 / (1 - p): one for all parts of the layer; peft draws one per part, which is as valid."""
+        if not self.training or not self.dropout:
             return None
-        keep = 1 - route.dropout
-        return x.new_empty(x.shape[0], self.in_features).bernoulli_(keep, generator=route.generator).div_(keep)
+        keep = 1 - self.dropout
+        return x.new_empty(x.shape[0], self.in_features).bernoulli_(keep).div_(keep)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -198,7 +192,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """``x Wᵀ + bias`` and, on the rows of each route and per adapted part, ``scale * (mask * x) Aᵀ Bᵀ``.
+    """``x Wᵀ + bias`` and, per adapted part, ``scale * (mask * x) Aᵀ Bᵀ``.
 
     Saves the input and the rank-sized ``(mask * x) Aᵀ``. The A matrices of all parts go through one
     product; products with a rank-sized side come first, so no [O, I] gradient ever exists.
@@ -207,27 +201,20 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        layer: FrozenLinear,
-        before: Before | None,
-        routes: Sequence[Route],
-        masks: Sequence[Tensor | None],
-        *tensors: Tensor,
+        ctx: Any, x: Tensor, layer: FrozenLinear, before: Before | None, adapted: Adapted, mask: Tensor | None, *tensors: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, *masks, *tensors)
+        ctx.save_for_backward(x, mask, *tensors)
         ctx.before = before
         if before is not None:
             x = before(x)
         y = layer.product.forward(x, layer.bias)
-        # Ours alone, so they need no version check.
-        ctx.lows = [_add_low_rank(route, x[route.rows], mask, y[route.rows]) for route, mask in zip(routes, masks, strict=True)]
-        ctx.layer, ctx.routes = layer, routes
+        ctx.low = _add_low_rank(adapted, x, mask, y)  # ours alone, so it needs no version check
+        ctx.layer, ctx.adapted = layer, adapted
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
+        x, mask, *_ = ctx.saved_tensors
         given = x.detach().requires_grad_(ctx.needs_input_grad[0])
         if ctx.before is not None:
             with torch.enable_grad():
@@ -235,52 +222,49 @@ class _AdaptedProduct(torch.autograd.Function):
             x = again.detach()
         grad = grad.contiguous()
         x_grad = ctx.layer.product.input_grad(grad) if ctx.needs_input_grad[0] else None
-        grads: list[Tensor] = []
-        for route, mask, low in zip(ctx.routes, saved, ctx.lows, strict=False):  # saved: the masks, then A and B
-            rows = route.rows
-            grads += _low_rank_grads(route, x[rows], mask, low, grad[rows], None if x_grad is None else x_grad[rows])
+        grads = _low_rank_grads(ctx.adapted, x, mask, ctx.low, grad, x_grad)
         if x_grad is not None and ctx.before is not None:
             (x_grad,) = torch.autograd.grad(again, given, x_grad)
         return (x_grad, None, None, None, None, *grads)
 
 
-def _add_low_rank(route: Route, x: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:
-    """Adds the adapters' part to y [rows, O]; returns x Aᵀ of all parts [rows, sum of r]."""
-    passes = _lora_passes(route, x, mask)
+def _add_low_rank(adapted: Adapted, x: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:
+    """Adds the adapters' part to y [T, O]; returns x Aᵀ of all parts [T, sum of r]."""
+    passes = _lora_passes(adapted, x, mask)
     if passes is not None:
-        return passes.lora(_fused_parts(route), route.adapters[0][1].a.shape[0], x, y)
-    a_all = torch.cat([adapter.a.to(x.dtype) for _, adapter in route.adapters])  # [sum of r, I]
+        return passes.lora(_fused_parts(adapted), adapted[0][1].a.shape[0], x, y)
+    a_all = torch.cat([adapter.a.to(x.dtype) for _, adapter in adapted])  # [sum of r, I]
     low = (x if mask is None else x * mask) @ a_all.t()
-    for part, adapter, h in _parts(route, low):
+    for part, adapter, h in _parts(adapted, low):
         y[:, part.start : part.stop].addmm_(h, adapter.b.to(x.dtype).t(), alpha=adapter.scale)
     return low
 
 
-def _low_rank_grads(route: Route, x: Tensor, mask: Tensor | None, low: Tensor, grad: Tensor, x_grad: Tensor | None) -> list[Tensor]:
+def _low_rank_grads(adapted: Adapted, x: Tensor, mask: Tensor | None, low: Tensor, grad: Tensor, x_grad: Tensor | None) -> list[Tensor]:
     """Gradients of A [r, I] and B [O of the part, r] of each part in turn, fp32; the adapters' share is added to ``x_grad``."""
-    a_parts, b_parts = ([getattr(adapter, half) for _, adapter in route.adapters] for half in "ab")
-    passes = _lora_passes(route, x, mask)
+    a_parts, b_parts = ([getattr(adapter, half) for _, adapter in adapted] for half in "ab")
+    passes = _lora_passes(adapted, x, mask)
     if passes is not None:
-        a_all_grad, flat = passes.lora_grad(_fused_parts(route), a_parts[0].shape[0], x, low, grad, x_grad)
+        a_all_grad, flat = passes.lora_grad(_fused_parts(adapted), a_parts[0].shape[0], x, low, grad, x_grad)
         b_grads = [g.view(b.shape) for g, b in zip(flat.split([b.numel() for b in b_parts]), b_parts, strict=True)]
     else:
-        a_all_grad, b_grads = _plain_grads(route, x, mask, low, grad, x_grad)
+        a_all_grad, b_grads = _plain_grads(adapted, x, mask, low, grad, x_grad)
     a_grads = a_all_grad.split([a.shape[0] for a in a_parts])
     return [g for pair in zip(a_grads, b_grads, strict=True) for g in pair]
 
 
 def _plain_grads(
-    route: Route, x: Tensor, mask: Tensor | None, low: Tensor, grad: Tensor, x_grad: Tensor | None
+    adapted: Adapted, x: Tensor, mask: Tensor | None, low: Tensor, grad: Tensor, x_grad: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """(gradients of all A [sum of r, I], of each B), as above."""
     low_grad = torch.empty_like(low)
     b_grads = []
-    for (part, adapter, h), (_, _, h_grad) in zip(_parts(route, low), _parts(route, low_grad), strict=True):
+    for (part, adapter, h), (_, _, h_grad) in zip(_parts(adapted, low), _parts(adapted, low_grad), strict=True):
         part_grad = grad[:, part.start : part.stop]
         torch.mm(part_grad, adapter.b.to(x.dtype) * adapter.scale, out=h_grad)
         b_grads.append((part_grad.t() @ h).float().mul_(adapter.scale))
     if x_grad is not None:
-        a_all = torch.cat([adapter.a.to(x.dtype) for _, adapter in route.adapters])
+        a_all = torch.cat([adapter.a.to(x.dtype) for _, adapter in adapted])
         if mask is None:
             x_grad.addmm_(low_grad, a_all)
         else:
@@ -288,24 +272,33 @@ def _plain_grads(
     return (low_grad.t() @ (x if mask is None else x * mask)).float(), b_grads
 
 
-def _lora_passes(route: Route, x: Tensor, mask: Tensor | None) -> Passes | None:
-    """The C++ kernels, where the shapes suit them: one rank, in 16s; features in 64s; no dropout."""
-    ranks = [adapter.a.shape[0] for _, adapter in route.adapters]
-    suits = len(set(ranks)) == 1 and ranks[0] % 16 == 0 and sum(ranks) <= 64
-    features = [x.shape[1], *(adapter.b.shape[0] for _, adapter in route.adapters)]
-    if mask is not None or not suits or any(f % 64 for f in features) or not x.is_contiguous():
+def _lora_passes(adapted: Adapted, x: Tensor, mask: Tensor | None) -> Passes | None:
+    """The C++ kernels, where they suit."""
+    if _kernels_lack(adapted, dropout=mask is not None) or not x.is_contiguous():
         return None
     return passes_for(x)
 
 
-def _fused_parts(route: Route) -> list[fused.Part]:
+def _kernels_lack(adapted: Adapted, *, dropout: bool) -> str | None:
+    """Why the C++ kernels do not serve these adapters."""
+    if dropout:
+        return "--lora_dropout"
+    odd = [n for _, adapter in adapted for n in (adapter.a.shape[1], adapter.b.shape[0]) if n % 64]
+    if odd:
+        return f"layers have {odd[0]} features, not a multiple of 64"
+    ranks = [adapter.a.shape[0] for _, adapter in adapted]
+    if len(set(ranks)) > 1 or sum(whole(rank, 16) for rank in ranks) > MOST_RANKS:
+        return f"ranks {sorted(ranks)} of one layer: equal ones of at most {MOST_RANKS} together are served"
+    return None
+
+
+def _fused_parts(adapted: Adapted) -> list[fused.Part]:
     return [
-        fused.Part(adapter.a.data_ptr(), adapter.b.data_ptr(), part.start, adapter.b.shape[0], adapter.scale)
-        for part, adapter in route.adapters
+        fused.Part(adapter.a.data_ptr(), adapter.b.data_ptr(), part.start, adapter.b.shape[0], adapter.scale) for part, adapter in adapted
     ]
 
 
-def _parts(route: Route, low: Tensor) -> list[tuple[Part, Adapter, Tensor]]:
-    """(part, adapter, its columns of ``low`` [rows, r]) for each adapted part."""
-    widths = [adapter.a.shape[0] for _, adapter in route.adapters]
-    return [(*pair, columns) for pair, columns in zip(route.adapters, low.split(widths, dim=1), strict=True)]
+def _parts(adapted: Adapted, low: Tensor) -> list[tuple[Part, Adapter, Tensor]]:
+    """(part, adapter, its columns of ``low`` [T, r]) for each adapted part."""
+    widths = [adapter.a.shape[0] for _, adapter in adapted]
+    return [(*pair, columns) for pair, columns in zip(adapted, low.split(widths, dim=1), strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorabatch.errors import DataError, UsageError, nearest
 from lorabatch.model.decoder import Decoder
-from lorabatch.model.linear import Adapter, FrozenLinear, Part
+from lorabatch.model.linear import Adapter
 from lorabatch.model.lora_settings import LoraSettings, settings_from
 from lorabatch.model.tensorfiles import is_finite, read_safetensors, reading, write_safetensors
 from lorabatch.records import read_json, write_json
@@ -90,14 +90,8 @@ class AdapterSet:
     all-reduce each see one tensor.
     """
 
-    def __init__(
-        self,
-        settings: LoraSettings,
-        pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
-        places: Mapping[FrozenLinear, Sequence[tuple[Part, Adapter]]] | None = None,
-    ) -> None:
+    def __init__(self, settings: LoraSettings, pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
         self.settings, self.pairs = settings, dict(pairs)
-        self.places = places or {}  # native decoder: the adapters of each layer that has some
         parameters = [p for pair in self.pairs.values() for p in pair]
         self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1).to(torch.float32) for p in parameters]))
         self.grad = torch.zeros_like(self.flat.data)
@@ -133,7 +127,6 @@ def attach(decoder: Decoder, settings: LoraSettings, *, seed: int) -> AdapterSet
     chosen = set(select([part.path for _, _, part in parts], settings.target_modules))
     generator = torch.Generator().manual_seed(seed % 2**63)
     pairs = {}
-    places: dict[FrozenLinear, list[tuple[Part, Adapter]]] = {}
     for layer, index, part in parts:
         if part.path not in chosen:
             continue
@@ -144,8 +137,7 @@ def attach(decoder: Decoder, settings: LoraSettings, *, seed: int) -> AdapterSet
         layer.adapters[str(index)] = adapter
         layer.dropout = settings.dropout
         pairs[part.path] = (adapter.a, adapter.b)
-        places.setdefault(layer, []).append((part, adapter))
-    return AdapterSet(settings, pairs, places)
+    return AdapterSet(settings, pairs)
 
 
 def save_adapter(folder: Path, weights: LoraWeights, *, base_name: str, base_fingerprint: str | None, fan_in_fan_out: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,12 @@ from torch import Tensor
 
 from lorabatch.model.attention import PackedAttention
 from lorabatch.model.decoder import Decoder
-from lorabatch.model.linear import Route
+from lorabatch.model.fused import passes_for
 from lorabatch.model.lora import AdapterSet, LoraWeights, attach, load_adapter
 from lorabatch.model.lora_settings import LoraSettings
 from lorabatch.model.loss import LossTerms, cross_entropy_sum
 from lorabatch.model.spec import ModelSpec
 from lorabatch.model.weights import MakeProduct, build_decoder, checked, fingerprint, linear_shapes, read_checkpoint
-
-
-@dataclass(frozen=True)
-class Share:
-    """One run's documents in a pass that several runs share."""
-
-    token_ids: Sequence[Tensor]
-    first_targets: Sequence[int]
-    adapters: AdapterSet
-    terms: LossTerms
-    dropout: torch.Generator | None  # of training
 
 
 class NativeModel:
@@ -96,6 +84,20 @@ class NativeModel:
     def attach(self, settings: LoraSettings, *, seed: int) -> AdapterSet:
         return attach(self.decoder, settings, seed=seed)
 
+    def detach(self) -> None:
+        """Take the adapters of ``attach`` off again."""
+        for layer in self.decoder.linears():
+            layer.adapters.clear()
+            layer.dropout = 0.0
+
+    def slower_paths(self) -> list[str]:
+        """What torch's operators do in a training pass although there are kernels for it, and why."""
+        if passes_for(self.decoder.embedding) is None:
+            return []
+        reasons = {f"attention ({layer.attention_why_not})" for layer in self.decoder.layers if layer.attention_why_not}
+        reasons |= {f"adapters ({layer.adapters_why_not})" for layer in self.decoder.linears() if layer.adapters_why_not}
+        return sorted(reasons)
+
     def train(self, mode: bool = True) -> None:
         self.decoder.train(mode)
 
@@ -104,51 +106,13 @@ class NativeModel:
 
         token_ids: one [L] tensor a document; first_targets: where its supervision begins (>= 1).
         """
-        (loss,) = self._loss_sums([(token_ids, first_targets, self.terms)])
-        return loss
-
-    def shared_loss_sums(self, shares: Sequence[Share]) -> list[Tensor]:
-        """``loss_sum`` of each share, in one pass: base products over all rows, each share's adapters on its own.
-
-        The layers keep the routes until the next pass: ``--checkpointing full`` computes them again in the backward pass.
-        """
-        lengths = [sum(map(len, share.token_ids)) for share in shares]
-        rows = [slice(stop - n, stop) for n, stop in zip(lengths, itertools.accumulate(lengths), strict=True)]
-        for layer in self.decoder.linears():
-            layer.routes = [
-                Route(where, tuple(share.adapters.places[layer]), share.adapters.settings.dropout, share.dropout)
-                for where, share in zip(rows, shares, strict=True)
-                if layer in share.adapters.places
-            ]
-        return self._loss_sums([(share.token_ids, share.first_targets, share.terms) for share in shares])
-
-    def _loss_sums(self, groups: Sequence[tuple[Sequence[Tensor], Sequence[int], LossTerms]]) -> list[Tensor]:
-        documents = [ids for token_ids, _, _ in groups for ids in token_ids]
-        lengths = [len(ids) for ids in documents]
-        device = self.decoder.device
-        ids, positions = (t.to(device, non_blocking=True) for t in (torch.cat(documents), torch.cat([torch.arange(n) for n in lengths])))
+        lengths = [len(ids) for ids in token_ids]
+        starts = itertools.accumulate(lengths, initial=0)
+        supervised = [torch.arange(start + first, start + n) for start, first, n in zip(starts, first_targets, lengths, strict=False)]
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        ids, positions, targets_at = (
+            t.to(self.decoder.device, non_blocking=True) for t in (torch.cat(list(token_ids)), positions, torch.cat(supervised))
+        )
         hidden = self.decoder(ids, positions, PackedAttention(lengths))
-        losses, start = [], 0
-        for token_ids, first_targets, terms in groups:
-            places = []
-            for document, first in zip(token_ids, first_targets, strict=True):
-                places.append(torch.arange(start + first, start + len(document)))
-                start += len(document)
-            targets_at = torch.cat(places).to(device, non_blocking=True)
-            terms = terms if self.decoder.training else LossTerms()
-            losses.append(cross_entropy_sum(hidden[targets_at - 1], self.decoder.head, ids[targets_at], terms))
-        return losses
-
-
-class OneOfSeveral:
-    """The model as one of the runs over it sees it: through its own adapters."""
-
-    def __init__(self, model: NativeModel, adapters: AdapterSet) -> None:
-        self._model, self._adapters = model, adapters
-
-    def train(self, mode: bool = True) -> None:
-        self._model.train(mode)
-
-    def loss_sum(self, token_ids: Sequence[Tensor], first_targets: Sequence[int]) -> Tensor:
-        (loss,) = self._model.shared_loss_sums([Share(token_ids, first_targets, self._adapters, LossTerms(), None)])
-        return loss
+        terms = self.terms if self.decoder.training else LossTerms()
+        return cross_entropy_sum(hidden[targets_at - 1], self.decoder.head, ids[targets_at], terms)

@@ -7,16 +7,16 @@ batch means.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lorabatch.corpus.packing import pack
-from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
+from lorabatch.corpus.tokens import TokenCorpus
 from lorabatch.measure.statistics import bits_per_byte, perplexity
+from lorabatch.train.batches import rank_blocks
 from lorabatch.train.ranks import ALONE, Ranks
 
 
@@ -43,27 +43,6 @@ class EvalResult:
             "eval_tokens": self.tokens,
             "eval_s": self.seconds,
         }
-
-
-def blocks_of(documents: Sequence[TokenDocument], block_tokens: int) -> Iterator[tuple[list[Tensor], list[int]]]:
-    """Packed blocks as (token ids per document, first targets), ready for ``loss_sum``."""
-    for block in pack([d.num_tokens for d in documents], block_tokens):
-        chosen = [documents[i] for i in block]
-        yield [torch.from_numpy(d.token_ids) for d in chosen], [d.first_target for d in chosen]
-
-
-def rank_blocks(documents: Sequence[TokenDocument], block_tokens: int, ranks: Ranks) -> Iterator[tuple[list[Tensor], list[int], bool]]:
-    """This rank's blocks of the documents of all ranks, and whether they count.
-
-    Where all ranks must make the same number of passes, some repeat a short document that does not.
-    """
-    blocks = [list(blocks_of(share, block_tokens)) for share in ranks.shares(documents)]
-    mine = blocks[ranks.rank]
-    yield from ((*block, True) for block in mine)
-    if ranks.even:
-        shortest = min(documents, key=lambda d: d.num_tokens)
-        for _ in range(max(map(len, blocks)) - len(mine)):
-            yield [torch.from_numpy(shortest.token_ids)], [shortest.first_target], False
 
 
 @torch.no_grad()

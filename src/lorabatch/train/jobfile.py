@@ -27,6 +27,9 @@ SHARED = (
 
 def read_jobs(path: Path, config: TrainConfig, save_dir: Path) -> dict[str, TrainConfig]:
     """Name -> settings of each run, in the file's order. UsageError or DataError that names the line."""
+    if config.resume not in (None, "auto"):
+        what = "not together with --jobs: each run goes on from its own folder"
+        raise UsageError(what, where=f"--resume {config.resume}", fix="use --resume auto")
     check_file(path)
     jobs: dict[str, TrainConfig] = {}
     for where, values in jsonl_rows(path):
@@ -49,22 +52,6 @@ def _settings(values: Mapping[str, Any], config: TrainConfig, where: str) -> Tra
             raise UsageError(f"'{key}' is the same for all runs", where=where, fix=f"give it as --{key}")
     given = typed_values(TrainConfig, values, where)
     try:
-        changed = replace(config, **given)
+        return replace(config, **given)
     except UsageError as error:  # out of bounds: it names the flag
         raise UsageError(error.what, where=f"{where}: {error.where}", fix=error.fix) from None
-    if changed.checkpointing == "full" and changed.lora_dropout:
-        raise UsageError("--lora_dropout and --checkpointing full do not go together here", where=where, fix="leave one of them out")
-    return changed
-
-
-def check_shared(config: TrainConfig, *, several_ranks: bool) -> None:
-    """UsageError for what cannot be together with ``--jobs``."""
-    apart = "leave it out, or train them one by one"
-    for refused, flag, why, fix in (
-        (several_ranks, "several ranks", "the runs share one process", apart),
-        (config.backend == "hf", "--backend hf", "only the native decoder gives each row its own adapter", apart),
-        (config.shard_base, "--shard_base", "the runs share one process", apart),
-        (config.resume not in (None, "auto"), f"--resume {config.resume}", "each run goes on from its own folder", "use --resume auto"),
-    ):
-        if refused:
-            raise UsageError(f"not together with --jobs: {why}", where=flag, fix=fix)

@@ -19,7 +19,7 @@ from lorabatch.errors import TrainingError, UsageError
 from lorabatch.model.device import free_bytes
 from lorabatch.model.linear import Prepacked
 from lorabatch.model.loss import CHUNK_ELEMENTS, LossTerms
-from lorabatch.model.panels import Panels
+from lorabatch.model.panels import Panels, whole
 from lorabatch.model.spec import ModelSpec
 
 HEADROOM = 0.9  # of the free memory: allocators keep some of what was freed
@@ -58,7 +58,7 @@ def step_bytes(
 
     packed: linear layers make a second, transposed pack of their weights for the backward pass.
     """
-    low = 7 * rank  # x Aᵀ of the seven parts of a layer
+    low = 7 * whole(rank, 16)  # x Aᵀ of the seven parts of a layer, as the kernels keep it
     kept = spec.num_layers * (layer_elements(spec, checkpointing) + low)
     if checkpointing == "full":
         kept += layer_elements(spec, "none")

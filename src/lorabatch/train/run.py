@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -15,13 +16,13 @@ from lorabatch import hub
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.readers import Document, read_documents
 from lorabatch.corpus.tokens import TokenCorpus, tokenise
-from lorabatch.errors import InterruptedRun, LorabatchError, UnavailableError, UsageError
+from lorabatch.errors import InterruptedRun, LorabatchError, UsageError
 from lorabatch.measure.environment import environment, gpu_description
 from lorabatch.measure.system import SystemSampler
 from lorabatch.progress import Phases, Progress
 from lorabatch.records import RunFolder, read_json
 from lorabatch.signals import Deadline, StopSignals
-from lorabatch.train.jobfile import check_shared, read_jobs
+from lorabatch.train.jobfile import read_jobs
 from lorabatch.train.ranks import Ranks, find_place, joined
 
 
@@ -55,7 +56,7 @@ def run_training(config: TrainConfig, command: list[str]) -> int:
         deadline = Deadline.from_flag_and_slurm(config.time_limit)
         folder = Path(config.save_dir or f"results/lora-{Path(config.base_model).name.removesuffix('.gguf')}")
         place = find_place(os.environ)
-        plans = _plans(config, folder, several_ranks=place is not None)
+        plans = _plans(config, folder)
         source = hub.find_model(config.base_model)
         ranks = stack.enter_context(joined(place, timeout_s=config.rank_timeout))
         done = ranks.from_first([ranks.is_first and _is_done(plan) for plan in plans])
@@ -72,16 +73,12 @@ def run_training(config: TrainConfig, command: list[str]) -> int:
         nowhere = stack.enter_context(Path(os.devnull).open("w"))
         stack.enter_context(redirect_stdout(nowhere))
         stack.enter_context(redirect_stderr(nowhere))
-        return _run_all([replace(plan, folder=scratch) for plan in plans], command, replace(work, folder=scratch))
+        return _run_all([replace(plan, folder=scratch / plan.name) for plan in plans], command, replace(work, folder=scratch))
 
 
-def _plans(config: TrainConfig, folder: Path, *, several_ranks: bool) -> list[_Plan]:
+def _plans(config: TrainConfig, folder: Path) -> list[_Plan]:
     """The run, or those of ``--jobs``, with their documents; a file that several name is read once."""
-    configs = {"": config}
-    if config.jobs:
-        configs = read_jobs(Path(config.jobs), config, folder)
-        if len(configs) > 1:
-            check_shared(config, several_ranks=several_ranks)
+    configs = read_jobs(Path(config.jobs), config, folder) if config.jobs else {"": config}
     read = functools.cache(lambda path, txt_format, field: read_documents(Path(path), txt_format=txt_format, text_field=field))
     return [
         _Plan(
@@ -96,30 +93,46 @@ def _plans(config: TrainConfig, folder: Path, *, several_ranks: bool) -> list[_P
 
 
 def _run_all(plans: list[_Plan], command: list[str], work: _Work) -> int:
-    flags: Any = {"kind": "train", "folder_flag": "--save_dir", "overwrite": work.config.overwrite}
+    config = work.config
+    flags: Any = {"kind": "train", "folder_flag": "--save_dir", "overwrite": config.overwrite}
     for plan in plans:  # a refusal changes none of them
         RunFolder.check(plan.folder, resume=plan.config.resume is not None, **flags)
     here = environment()
-    runs: list[RunFolder] = []
+    results: list[LorabatchError | None] = []
+    loaded: _Loaded | None = None
     try:
         for plan in plans:
-            facts: Any = {"config": plan.config.to_dict(), "command": command, "environment": here}
-            runs.append(RunFolder.create(plan.folder, resume=plan.config.resume is not None, **facts, **flags))
-        errors = [error for error in _train(plans, runs, work) if error]
-    except BaseException as error:
-        for run in runs:
-            if run.record["status"] == "running":
-                run.end_with(error)
-        raise
+            resume = plan.config.resume is not None
+            facts: Any = {"resume": resume, "config": plan.config.to_dict(), "command": command, "environment": here}
+            with _begun(RunFolder.create(plan.folder, **facts, **flags)) as (run, sampler):
+                loaded = loaded or _load(plans, here, work)  # in the first run's time
+                results.append(loaded.jobs[plan.name].run(run, sampler))
+            if isinstance(results[-1], InterruptedRun) or (results[-1] and work.ranks.count > 1):
+                break  # what stopped this one stops the next; another rank that is gone does not come back
+    finally:
+        if loaded:
+            loaded.progress.close()
+    errors = [error for error in results if error]
     if not errors:
         return 0
-    if not work.config.jobs:
-        raise errors[0]
-    stopped = next((error for error in errors if isinstance(error, InterruptedRun)), None)
-    if stopped:
-        raise InterruptedRun(stopped.what, where=work.folder, fix=stopped.fix)
+    if isinstance(errors[-1], InterruptedRun) and config.jobs:
+        raise InterruptedRun(errors[-1].what, where=work.folder, fix=errors[-1].fix)
+    if len(plans) == 1 or len(results) < len(plans):
+        raise errors[-1]
     failed = type(errors[0])
     raise failed(f"{len(errors)} of {len(plans)} runs failed", where=work.folder, fix="their run.json says why; the others are complete")
+
+
+@contextmanager
+def _begun(run: RunFolder) -> Iterator[tuple[RunFolder, SystemSampler]]:
+    """A run while it is at work; what ends it without its knowledge is recorded."""
+    try:
+        with SystemSampler(run.path / "system.jsonl") as sampler:
+            yield run, sampler
+    except BaseException as error:
+        if run.record["status"] == "running":
+            run.end_with(error)
+        raise
 
 
 def _is_done(plan: _Plan) -> bool:
@@ -133,80 +146,57 @@ def _is_done(plan: _Plan) -> bool:
     return record.get("status") == "completed" and all(earlier.get(k) == now[k] for k in same)
 
 
-def _train(plans: list[_Plan], runs: list[RunFolder], work: _Work) -> list[LorabatchError | None]:
-    """Load once, then train, save and record each run; what ended each early."""
-    config, source, ranks = work.config, work.source, work.ranks
-    with SystemSampler(work.folder / "system.jsonl") as sampler:
-        phases = Phases()
-        from lorabatch.measure.machine import kernel_facts
-        from lorabatch.model import load
-        from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads, keep_freed_memory
-        from lorabatch.model.spec import spec_from_config
-        from lorabatch.train import checkpoint
-        from lorabatch.train.job import Base, Job
-        from lorabatch.train.loop import Lane, alone, drive
-        from lorabatch.train.planner import configure, plan
-        from lorabatch.train.together import together
+@dataclass(frozen=True)
+class _Loaded:
+    jobs: dict[str, Any]  # name -> Job
+    progress: Progress
 
-        phases.end("import_s")
-        found = [
-            ranks.from_first(checkpoint.find(p.config.resume, run.path) if p.config.resume and ranks.is_first else None)
-            for p, run in zip(plans, runs, strict=True)
-        ]
-        device = choose_device(no_cuda=config.no_cuda)
-        threads = choose_threads(config.threads)
-        keep_freed_memory()
-        # A timing decides "auto": once for all ranks, and a resumed run does not decide again.
-        decided = [f.state["identity"]["content"]["dtype"] for f in found if f]
-        dtype = ranks.from_first(choose_dtype(decided[0] if decided and config.dtype == "auto" else config.dtype, device))
-        phases.begin()
-        model_config = load.load_config(source.path)
-        tokenizer = load.load_tokenizer(source.path)
-        corpora = _tokenise(plans, model_config, tokenizer)
-        phases.end("tokenise_s")
-        if len(plans) > 1 and spec_from_config(model_config) is None:
-            raise UnavailableError(
-                f"the native decoder does not know this kind of {model_config.model_type} model, and only it takes several adapters",
-                where="--jobs",
-                fix="train them one by one (a sweep: with --runs_per_task 1)",
-            )
-        model: Any = load.load_model(
-            source, model_config, backend=config.backend, dtype=dtype, device=device, product=_product(config, ranks)
-        )
-        base = Base(model, len(plans) > 1, source, device, dtype, threads, ranks, work.signals, work.deadline, sampler, phases.seconds)
-        jobs = [Job(base, p.name, *rest) for p, *rest in zip(plans, runs, (p.config for p in plans), corpora, found, strict=True)]
-        configure(model, plans[0].config)
-        largest = replace(config, lora_r=max(p.config.lora_r for p in plans), max_len=max(p.config.max_len for p in plans))
-        trainable = sum(job.learner.adapters.num_params for job in jobs)
-        planned = plan(model, largest, trainable)
-        phases.end("load_s")
-        machine = {
-            "device": str(device),
-            "dtype": TYPE_NAMES[dtype],
-            "threads": threads,
-            "backend": model.backend,
-            "kernel_variant": kernel_facts(device)["kernel_variant"] if model.backend == "native" else None,
-            "ranks": ranks.count,
-            "gpu": gpu_description(),
-            "block_tokens": planned[0] if planned else config.block_tokens,
-            "planned_step_bytes": planned[1] if planned else None,
-        }
-        size = f"{model.num_base_params / 1e6:.1f}M parameters in {model.base_bytes / 2**20:.1f} MiB"
-        where = f"{machine['dtype']} on {device}, {threads} threads" + (f" x {ranks.count} ranks" if ranks.count > 1 else "")
-        where += f", {machine['kernel_variant']} kernels" if machine["kernel_variant"] else ""
-        share = f"trainable {trainable:,} ({100 * trainable / (trainable + model.num_base_params):.2f} %)"
-        print(f"base {source.name} ({size}, {where}); {share}" + (f" in {len(jobs)} runs" if config.jobs else ""))
-        for job in jobs:
-            job.learner.block_tokens = machine["block_tokens"]
-            job.prepare(machine)
-        ranks.wait_for_loading()
-        steps, done = (sum(n) for n in zip(*((job.planned_steps, job.learner.state.step) for job in jobs), strict=True))
-        base.progress = Progress(steps, unit="step", description="train", done=done)
-        gradients = together(model, {job.learner: job.terms for job in jobs}) if base.several else alone(model, ranks)
-        try:
-            return drive([Lane(job.learner, job.steps()) for job in jobs], gradients)
-        finally:
-            base.progress.close()
+
+def _load(plans: list[_Plan], here: Mapping[str, Any], work: _Work) -> _Loaded:
+    """The base, once, and every run's data and settings held against it: a mistake in the last one shows before the first begins."""
+    config, source, ranks = work.config, work.source, work.ranks
+    phases = Phases()
+    from lorabatch.measure.machine import kernel_facts
+    from lorabatch.model import load
+    from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads, keep_freed_memory
+    from lorabatch.train import checkpoint
+    from lorabatch.train.job import Base, Job
+
+    phases.end("import_s")
+    found = [ranks.from_first(checkpoint.find(p.config.resume, p.folder) if p.config.resume and ranks.is_first else None) for p in plans]
+    device = choose_device(no_cuda=config.no_cuda)
+    threads = choose_threads(config.threads)
+    keep_freed_memory()
+    # A timing decides "auto": once for all ranks, and a resumed run does not decide again.
+    decided = [f.state["identity"]["content"]["dtype"] for f in found if f]
+    dtype = ranks.from_first(choose_dtype(decided[0] if decided and config.dtype == "auto" else config.dtype, device))
+    phases.begin()
+    model_config = load.load_config(source.path)
+    corpora = _tokenise(plans, model_config, load.load_tokenizer(source.path))
+    phases.end("tokenise_s")
+    model: Any = load.load_model(source, model_config, backend=config.backend, dtype=dtype, device=device, product=_product(config, ranks))
+    machine = {
+        "device": str(device),
+        "dtype": TYPE_NAMES[dtype],
+        "threads": threads,
+        "backend": model.backend,
+        "kernel_variant": kernel_facts(device)["kernel_variant"] if model.backend == "native" else None,
+        "ranks": ranks.count,
+        "gpu": gpu_description(),
+    }
+    base = Base(model, source, device, dtype, ranks, work.signals, work.deadline, machine, here)
+    jobs = {p.name: Job(base, p.name, p.config, *rest) for p, *rest in zip(plans, corpora, found, strict=True)}
+    trainable = sum(job.trainable_params for job in jobs.values())
+    size = f"{model.num_base_params / 1e6:.1f}M parameters in {model.base_bytes / 2**20:.1f} MiB"
+    where = f"{machine['dtype']} on {device}, {threads} threads" + (f" x {ranks.count} ranks" if ranks.count > 1 else "")
+    where += f", {machine['kernel_variant']} kernels" if machine["kernel_variant"] else ""
+    share = f"trainable {trainable:,} ({100 * trainable / (trainable + model.num_base_params):.2f} %)"
+    print(f"base {source.name} ({size}, {where}); {share}" + (f" in {len(jobs)} runs" if config.jobs else ""))
+    steps, done = (sum(n) for n in zip(*((job.planned_steps, job.steps_done) for job in jobs.values()), strict=True))
+    base.progress = Progress(steps, unit="step", description="train", done=done)
+    phases.end("load_s")
+    jobs[plans[0].name].phases = phases.seconds
+    return _Loaded(jobs, base.progress)
 
 
 def _product(config: TrainConfig, ranks: Ranks) -> Any:

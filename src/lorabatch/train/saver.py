@@ -21,7 +21,7 @@ from lorabatch.measure.statistics import summary
 from lorabatch.model.lora import save_adapter
 from lorabatch.records import JsonlWriter, RunFolder
 from lorabatch.train import checkpoint
-from lorabatch.train.evaluate import blocks_of
+from lorabatch.train.batches import blocks_of
 from lorabatch.train.state import Learner, TrainState
 
 SAVE_EVERY_S = 300.0  # without --save_every_steps
@@ -73,6 +73,22 @@ def _plan_digest(corpus: TokenCorpus, config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps([order, blocks]).encode()).hexdigest()
 
 
+def check_same_run(found: checkpoint.Checkpoint, identity: Mapping[str, Mapping[str, Any]], *, anyway: bool) -> None:
+    """UsageError if the checkpoint is of another run and nobody said to go on ``anyway``; says what else has changed since."""
+    saved = found.state["identity"]
+    changes = [d for part in ("content", "settings") for d in checkpoint.differences(saved[part], identity[part])]
+    if changes and not anyway:
+        raise UsageError(
+            f"was saved by a run with other settings ({'; '.join(changes)})",
+            where=found.path,
+            fix="use the same ones, start anew with --overwrite, or add --resume_anyway to go on with the new ones",
+        )
+    if changes:
+        print(f"resuming anyway: {'; '.join(changes)}: the result is not that of one uninterrupted run", file=sys.stderr)
+    for change in checkpoint.differences(saved["circumstances"], identity["circumstances"]):
+        print(f"note: {change} since the checkpoint: the last bits of the result may differ", file=sys.stderr)
+
+
 class Saver:
     """Writes checkpoints when they are due, ``last/`` and ``best/``, and at the root the best adapter (the last one without evaluation)."""
 
@@ -102,13 +118,12 @@ class Saver:
     # Going on
 
     def resume(self, found: checkpoint.Checkpoint | None) -> None:
-        """Put the learner where the checkpoint was. UsageError if that is of another run and --resume_anyway is off."""
+        """Put the learner where the checkpoint was, which ``check_same_run`` has passed."""
         if found is None:
             if self._config.resume:
                 print("no checkpoint yet: starting at step 0")
             (self._run.path / "events.jsonl").unlink(missing_ok=True)
             return
-        self._check(found)
         self._learner.restore(found.state["learner"], found.tensors)
         state = self._learner.state
         ours = found.path.resolve().parent == self._folder.resolve()
@@ -124,20 +139,6 @@ class Saver:
         self._run.save(resumed=[*self._run.record.get("resumed", []), {"step": found.step, "from": str(found.path)}])
         loss = "" if state.last_loss is None else f", last loss {state.last_loss:.4f}"
         print(f"going on from {found.path} (step {found.step}{loss})")
-
-    def _check(self, found: checkpoint.Checkpoint) -> None:
-        saved, mine = found.state["identity"], self._identity
-        changes = [d for part in ("content", "settings") for d in checkpoint.differences(saved[part], mine[part])]
-        if changes and not self._config.resume_anyway:
-            raise UsageError(
-                f"was saved by a run with other settings ({'; '.join(changes)})",
-                where=found.path,
-                fix="use the same ones, start anew with --overwrite, or add --resume_anyway to go on with the new ones",
-            )
-        if changes:
-            print(f"resuming anyway: {'; '.join(changes)}: the result is not that of one uninterrupted run", file=sys.stderr)
-        for change in checkpoint.differences(saved["circumstances"], mine["circumstances"]):
-            print(f"note: {change} since the checkpoint: the last bits of the result may differ", file=sys.stderr)
 
     def _rewind_events(self, num_bytes: int) -> None:
         """Cut the records of steps that will be done again, so that each step is there once."""
