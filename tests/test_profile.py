@@ -132,6 +132,17 @@ def test_a_run_with_nothing_to_change_is_told_so():
     assert explain(Facts("train", {"load": 1.0}, {}, {}, {}, {}, frozenset())) == ["no step was made: nothing to explain"]
 
 
+def test_steps_that_read_guesses_are_decoding(tiny_llama_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("of of of of of\nab ab ab ab ab\n", encoding="utf-8")
+    flags = ["--prompts", "texts.txt", "--max_new_tokens", "90", "--ignore_eos", "true", "--profile_steps", "99", "--dtype", "fp32"]
+    for guesses in ("0", "4"):
+        folder = f"profile-{guesses}"
+        assert main(["profile", "infer", "--base_model", str(tiny_llama_dir), *flags, "--speculate", guesses, "--profile_dir", folder]) == 0
+        calls = json.loads(Path(folder, "profile.json").read_text())["calls"]
+        assert (calls["prefill"], calls["step"]) == (1, 1 + calls["decode"])
+
+
 @pytest.mark.parametrize("kind", ["train", "infer"])
 def test_the_command(kind, tiny_llama_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

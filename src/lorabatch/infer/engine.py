@@ -66,7 +66,6 @@ class Engine:
         self._runner, self._tokenizer, self._eos_ids = runner, tokenizer, frozenset(eos_ids)
         self._max_running, self._prefill_tokens, self._order = max_running, prefill_tokens, order
         self._speculate = 0 if runner.static else speculate
-        self._lookups: dict[int, Lookup] = {}  # by identity of the request
 
     def run(
         self,
@@ -99,7 +98,6 @@ class Engine:
             finished = self._advance(batch, self._step(batch, stats), stats)
             self._copy(scheduler.release(finished))
             for request in finished:
-                self._lookups.pop(id(request), None)
                 on_finish(request)
         stats.duration_s = time.perf_counter() - stats.begin_s
         return stats
@@ -146,8 +144,8 @@ class Engine:
         token_ids = request.output_ids[-1:]
         room = min(self._speculate, request.max_new_tokens - len(request.output_ids) - 1)
         if room > 0 and request.params.likeliest:
-            lookup = self._lookups.setdefault(id(request), Lookup())
-            token_ids = token_ids + lookup.guess(request.token_ids, request.output_ids, room)
+            request.lookup = request.lookup or Lookup()
+            token_ids = token_ids + request.lookup.guess(request.token_ids, request.output_ids, room)
         return Segment(request.slot, piece.start, token_ids, adapter=request.adapter_row, num_logits=len(token_ids))
 
     @staticmethod

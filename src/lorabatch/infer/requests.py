@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
+from lorabatch.infer.speculation import Lookup
+
 NOT_FINITE = "the model's numbers are not finite"
 
 
@@ -69,6 +71,7 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of output_ids, where asked for
     counts: dict[int, int] = field(default_factory=dict)  # token id -> how often it was generated; see sampling
+    lookup: Lookup | None = None  # of its speculation, once it guesses
     truncated: str | None = None  # the policy that shortened the prompt
     max_new_tokens: int = 0  # params.max_new_tokens, or what fits behind the prompt
     adapter: str | None = None  # name among --adapters; None: the base, or the one that is merged in
@@ -100,7 +103,7 @@ class Request:
 
     def restarted(self) -> Request:
         """A fresh copy, to be completed again from its prompt."""
-        return replace(self, output_ids=[], logprobs=[], counts={}, slot=-1, text="", finish_reason=None)
+        return replace(self, output_ids=[], logprobs=[], counts={}, lookup=None, slot=-1, text="", finish_reason=None)
 
 
 def completion_record(request: Request, tokenizer: Any, *, key: str, adapter: str | None) -> dict[str, Any]:

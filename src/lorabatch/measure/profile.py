@@ -173,7 +173,8 @@ def _in_span(name: str, spans: Spans, on_step: Callable[[], None], original: Cal
 
 
 def _prefill_or_decode(segments: Any) -> str:
-    return "prefill" if any(len(segment.token_ids) > 1 for segment in segments) else "decode"
+    """Tokens of a completion are all wanted, those that speculation guessed too; of a prompt's at most the last."""
+    return "prefill" if any(len(segment.token_ids) > segment.num_logits for segment in segments) else "decode"
 
 
 def _timed(name: str, spans: Spans, original: Callable[..., Any]) -> Callable[..., Any]:
