@@ -1,4 +1,4 @@
-"""What is asked for: one ``Request`` object holds the whole state of one row. No tensors here."""
+"""What is asked for, and how far it is: a ``Request`` holds all state of one completion but its keys and values. No tensors here."""
 
 from __future__ import annotations
 

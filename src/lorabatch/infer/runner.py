@@ -1,7 +1,7 @@
 """The native model as the engine sees it: each step reads the new tokens of some slots, whatever their number.
 
-Two of them: ``ProgramRunner`` replays a recorded program of C++ kernels (CPUs that have them), ``NativeRunner`` runs the
-decoder on torch's operators (everything else, and the reference that the program is tested against).
+Two here: ``ProgramRunner`` replays a recorded program of C++ kernels (CPUs that have them), ``NativeRunner`` runs the
+decoder on torch's operators (everything else, and the reference that the program is tested against). ``HfRunner`` (``model/hf.py``) is the third.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one place where sequences exist. Everywhere else tokens are rows of a flat [T, ...] matrix.
+"""Attention: what knows where sequences begin and end. To the decoder tokens are rows of a flat [T, ...] matrix.
 
 Shapes: T tokens, L tokens of one sequence, S cache slots, C positions of a slot,
 N query heads, K key/value heads, G = N / K, D head size.
