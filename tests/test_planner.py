@@ -150,12 +150,13 @@ from pathlib import Path
 from lorabatch.config import TrainConfig
 from lorabatch.hub import ModelSource
 from lorabatch.model import load
-from lorabatch.model.device import TYPES
+from lorabatch.model.device import TYPES, keep_freed_memory, return_freed_memory
 from lorabatch.model.lora import LoraSettings
 from lorabatch.train.planner import configure, plan
 from lorabatch.train.state import Learner
 
 folder, mode, dtype, tokens = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+(return_freed_memory if mode == "full" else keep_freed_memory)()  # as the product does
 config = TrainConfig(checkpointing=mode, block_tokens=tokens)
 model = load.load_model(ModelSource(str(folder), folder, None), load.load_config(folder), backend="native", dtype=TYPES[dtype], device=torch.device("cpu"))
 configure(model, config)

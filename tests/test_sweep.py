@@ -171,12 +171,15 @@ def test_a_trial_whose_process_was_killed_is_tried_once_more(kills, fails, tiny_
 
 
 @pytest.mark.slow
-def test_a_base_that_cannot_be_shared_is_swept_one_trial_at_a_time(tiny_neox_dir, tmp_path, capsys):
+def test_trials_of_a_model_that_is_not_native_share_its_base_too(tiny_neox_dir, tmp_path):
     file = sweep_of(tmp_path, tiny_neox_dir, "lr = [0.01, 1e-6]", max_steps=2, target_modules=["query_key_value"])
-    assert main(["sweep", str(file), "--output_dir", str(tmp_path / "sweep")]) == 69
-    assert "--runs_per_task 1" in capsys.readouterr().err
-    assert main(["sweep", str(file), "--output_dir", str(tmp_path / "again"), "--runs_per_task", "1"]) == 0
-    assert result_of(tmp_path / "again", 0)[0]["value"] < result_of(tmp_path / "again", 1)[0]["value"]
+    assert main(["sweep", str(file), "--output_dir", str(tmp_path / "shared")]) == 0
+    assert main(["sweep", str(file), "--output_dir", str(tmp_path / "apart"), "--runs_per_task", "1"]) == 0
+    shared, apart = (
+        [json.loads(f.read_text()) for f in sorted((tmp_path / name).glob("tasks/*/output-000/*/metrics.json"))]
+        for name in ("shared", "apart")
+    )
+    assert [m["eval_loss"] for m in shared] == [m["eval_loss"] for m in apart] and shared[0]["eval_loss"] < shared[1]["eval_loss"]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -49,12 +49,23 @@ def keep_freed_memory() -> None:
     """Ask glibc to reuse what was freed instead of giving it back: a training step frees and takes the same gigabyte again and again, and
     mapping fresh pages cost 5 to 15 % of it (docs/LOG.md, 2026-11-24). Elsewhere nothing happens."""
     mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    _mallopt({mmap_max: 0, trim_threshold: 2**31 - 1})
+
+
+def return_freed_memory() -> None:
+    """Ask glibc for the opposite, where memory counts more than speed. Kept activations between freed temporaries leave holes that nothing
+    else fits: 0.55 GB beside the 0.2 that a step of ``--checkpointing full`` needs (docs/LOG.md, 2026-11-29)."""
+    mmap_threshold = -3  # M_MMAP_THRESHOLD: larger pieces have a mapping each; set, it no longer grows by itself
+    _mallopt({mmap_threshold: 2**20})
+
+
+def _mallopt(options: Mapping[int, int]) -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    for option, value in options.items():
+        mallopt(option, value)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -158,7 +158,7 @@ def _load(plans: list[_Plan], here: Mapping[str, Any], work: _Work) -> _Loaded:
     phases = Phases()
     from lorabatch.measure.machine import kernel_facts
     from lorabatch.model import load
-    from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads, keep_freed_memory
+    from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads, keep_freed_memory, return_freed_memory
     from lorabatch.train import checkpoint
     from lorabatch.train.job import Base, Job
 
@@ -166,7 +166,7 @@ def _load(plans: list[_Plan], here: Mapping[str, Any], work: _Work) -> _Loaded:
     found = [ranks.from_first(checkpoint.find(p.config.resume, p.folder) if p.config.resume and ranks.is_first else None) for p in plans]
     device = choose_device(no_cuda=config.no_cuda)
     threads = choose_threads(config.threads)
-    keep_freed_memory()
+    (return_freed_memory if config.checkpointing == "full" else keep_freed_memory)()
     # A timing decides "auto": once for all ranks, and a resumed run does not decide again.
     decided = [f.state["identity"]["content"]["dtype"] for f in found if f]
     dtype = ranks.from_first(choose_dtype(decided[0] if decided and config.dtype == "auto" else config.dtype, device))
