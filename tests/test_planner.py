@@ -17,16 +17,17 @@ from lorabatch.measure import system
 from lorabatch.measure.system import ControlGroup
 from lorabatch.model.device import free_bytes, out_of_memory
 from lorabatch.model.lora import LoraSettings
+from lorabatch.model.loss import LossTerms
 from lorabatch.train import planner
 from lorabatch.train.loop import train_step
-from lorabatch.train.planner import HEADROOM, configure, halved, plan
+from lorabatch.train.planner import HEADROOM, halved, plan
 from lorabatch.train.ranks import ALONE
 from lorabatch.train.state import Learner
 
 
 def learner_of(config, *, targets=("all-linear",)):
     model = native(tiny_model("llama"))
-    configure(model, config)
+    model.configure(LossTerms(config.label_smoothing, config.z_loss), config.checkpointing)
     learner = Learner(model.attach(LoraSettings(config.lora_r, config.lora_alpha, target_modules=targets), seed=1), config)
     for _, b in learner.adapters.pairs.values():  # away from zero, where A would get no gradient
         b.data.normal_(std=0.05, generator=torch.Generator().manual_seed(b.numel()))
@@ -152,14 +153,15 @@ from lorabatch.hub import ModelSource
 from lorabatch.model import load
 from lorabatch.model.device import TYPES, keep_freed_memory, return_freed_memory
 from lorabatch.model.lora import LoraSettings
-from lorabatch.train.planner import configure, plan
+from lorabatch.model.loss import LossTerms
+from lorabatch.train.planner import plan
 from lorabatch.train.state import Learner
 
 folder, mode, dtype, tokens = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 (return_freed_memory if mode == "full" else keep_freed_memory)()  # as the product does
 config = TrainConfig(checkpointing=mode, block_tokens=tokens)
 model = load.load_model(ModelSource(str(folder), folder, None), load.load_config(folder), backend="native", dtype=TYPES[dtype], device=torch.device("cpu"))
-configure(model, config)
+model.configure(LossTerms(), mode)
 learner = Learner(model.attach(LoraSettings(), seed=1), config)
 held = psutil.Process().memory_info().rss
 needed = plan(model, config, learner.adapters.num_params)[1]

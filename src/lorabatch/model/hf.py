@@ -20,6 +20,7 @@ from lorabatch.model.attention import Segment
 from lorabatch.model.functional import likeliest
 from lorabatch.model.lora import KEY_PREFIX, AdapterSet, LoraWeights, load_adapter
 from lorabatch.model.lora_settings import LoraSettings
+from lorabatch.model.loss import LossTerms
 from lorabatch.model.spec import ModelSpec
 from lorabatch.model.tensorfiles import is_finite
 from lorabatch.model.weights import checked, fingerprint, read_checkpoint
@@ -69,6 +70,15 @@ class HfModel:
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         return _linear_shapes(self.model)
+
+    def configure(self, terms: LossTerms, checkpointing: str) -> None:
+        """Settings of the training pass. UsageError for what only the native decoder does."""
+        if terms != LossTerms() or checkpointing == "full":
+            raise UsageError(
+                "only the native decoder has --label_smoothing, --z_loss and --checkpointing full",
+                where="--backend hf",
+                fix="leave them out, or use a model that the native decoder knows",
+            )
 
     def attach(self, settings: LoraSettings, *, seed: int) -> AdapterSet:
         """Fresh peft adapters whose parameters live in one flat buffer."""

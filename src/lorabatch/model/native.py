@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lorabatch.model.attention import PackedAttention
-from lorabatch.model.decoder import Decoder
+from lorabatch.model.decoder import Decoder, Layer
 from lorabatch.model.fused import passes_for
 from lorabatch.model.lora import AdapterSet, LoraWeights, attach, load_adapter
 from lorabatch.model.lora_settings import LoraSettings
@@ -81,6 +81,12 @@ class NativeModel:
         tables = size(self.decoder.embedding) * (1 if self.spec.tied_head else 2)
         return tables + sum(p.num_bytes if hasattr(p, "num_bytes") else size(p.weight) for p in products)
 
+    def configure(self, terms: LossTerms, checkpointing: str) -> None:
+        """Settings of the training pass."""
+        self.terms = terms
+        for layer in cast("Iterator[Layer]", iter(self.decoder.layers)):
+            layer.checkpointing = checkpointing
+
     def attach(self, settings: LoraSettings, *, seed: int) -> AdapterSet:
         return attach(self.decoder, settings, seed=seed)
 
@@ -94,7 +100,11 @@ class NativeModel:
         """What torch's operators do in a training pass although there are kernels for it, and why."""
         if passes_for(self.decoder.embedding) is None:
             return []
-        reasons = {f"attention ({layer.attention_why_not})" for layer in self.decoder.layers if layer.attention_why_not}
+        reasons = {
+            f"attention ({layer.attention_why_not})"
+            for layer in cast("Iterator[Layer]", iter(self.decoder.layers))
+            if layer.attention_why_not
+        }
         reasons |= {f"adapters ({layer.adapters_why_not})" for layer in self.decoder.linears() if layer.adapters_why_not}
         return sorted(reasons)
 

@@ -7,25 +7,17 @@ batch means.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorabatch.corpus.tokens import TokenCorpus
 from lorabatch.measure.statistics import bits_per_byte, perplexity
+from lorabatch.model.backend import Backend
 from lorabatch.train.batches import rank_blocks
 from lorabatch.train.ranks import ALONE, Ranks
-
-
-class LossModel(Protocol):
-    """What training and evaluation need of a backend."""
-
-    def train(self, mode: bool = True) -> None: ...
-
-    def loss_sum(self, token_ids: Sequence[Tensor], first_targets: Sequence[int]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    model: LossModel,
+    model: Backend,
     corpus: TokenCorpus,
     *,
     block_tokens: int,

@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
+from lorabatch.corpus.tokens import TokenCorpus
 from lorabatch.measure.machine import cold_flops_per_s, kernel_facts
 from lorabatch.measure.roofline import above_ceiling, training_flops
 from lorabatch.measure.statistics import mean, percentile, perplexity, rate, summary
 from lorabatch.measure.system import peak_memory_bytes
+from lorabatch.model.backend import Backend
 from lorabatch.model.device import TYPE_NAMES
+from lorabatch.train.state import TrainState
 
 
-def data_record(corpus: Any, validation: Any) -> dict[str, Any]:
-    def one(part: Any) -> dict[str, Any]:
+def data_record(corpus: TokenCorpus, validation: TokenCorpus | None) -> dict[str, Any]:
+    def one(part: TokenCorpus) -> dict[str, Any]:
         return {
             "documents_read": part.num_read,
             "documents": len(part.documents),
@@ -32,8 +35,8 @@ def data_record(corpus: Any, validation: Any) -> dict[str, Any]:
     return {"train": one(corpus), "val": one(validation) if validation else None}
 
 
-def data_line(corpus: Any, validation: Any) -> str:
-    def counted(part: Any) -> str:
+def data_line(corpus: TokenCorpus, validation: TokenCorpus | None) -> str:
+    def counted(part: TokenCorpus) -> str:
         changes = [
             f"{n} {what}" for n, what in ((part.num_split, "split"), (part.num_cut, "cut at --max_len"), (part.num_dropped, "dropped")) if n
         ]
@@ -42,7 +45,9 @@ def data_line(corpus: Any, validation: Any) -> str:
     return f"train {counted(corpus)}; " + (f"validation {counted(validation)}" if validation else "no validation")
 
 
-def metrics_record(state: Any, model: Any, size: Mapping[str, Any], phases: Mapping[str, float], device: Any, dtype: Any) -> dict[str, Any]:
+def metrics_record(
+    state: TrainState, model: Backend, size: Mapping[str, Any], phases: Mapping[str, float], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     peak_bytes = peak_memory_bytes() if device.type == "cpu" else torch.cuda.max_memory_allocated()  # before ceilings are measured
     achieved = ceiling = None
     if model.spec is not None and state.train_s:

@@ -16,8 +16,10 @@ from lorabatch.errors import InterruptedRun, LorabatchError, TrainingError
 from lorabatch.hub import ModelSource
 from lorabatch.measure.statistics import perplexity
 from lorabatch.measure.system import SystemSampler
+from lorabatch.model.backend import Backend
 from lorabatch.model.device import TYPE_NAMES
 from lorabatch.model.lora_settings import LoraSettings
+from lorabatch.model.loss import LossTerms
 from lorabatch.progress import Progress
 from lorabatch.records import RunFolder, write_json
 from lorabatch.signals import Deadline, StopSignals
@@ -25,7 +27,7 @@ from lorabatch.train.checkpoint import Checkpoint
 from lorabatch.train.evaluate import EvalResult
 from lorabatch.train.figures import data_line, data_record, metrics_record, print_summary, summary_line
 from lorabatch.train.loop import planned_steps, train
-from lorabatch.train.planner import configure, plan
+from lorabatch.train.planner import plan
 from lorabatch.train.ranks import Ranks
 from lorabatch.train.saver import Saver, check_same_run, identity_of
 from lorabatch.train.state import Learner, TrainState
@@ -35,7 +37,7 @@ from lorabatch.train.state import Learner, TrainState
 class Base:
     """What is there once, however many runs follow each other over it."""
 
-    model: Any
+    model: Backend
     source: ModelSource
     device: torch.device
     dtype: torch.dtype
@@ -58,11 +60,11 @@ class Job:
         self._corpus, self._validation = corpora
         self.phases: dict[str, float] = {}  # seconds of starting up; they belong to the process's first run
         self._settings = LoraSettings(config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.target_modules)
+        self._terms = LossTerms(config.label_smoothing, config.z_loss)
         self.trainable_params = base.model.attach(self._settings, seed=config.seed).num_params
         base.model.detach()
-        configure(base.model, config)
-        facts = {"base": base.model.identity, "machine": base.machine, "here": base.environment}
-        self._identity = identity_of(config, *corpora, **facts)
+        base.model.configure(self._terms, config.checkpointing)
+        self._identity = identity_of(config, *corpora, base=base.model.identity, machine=base.machine, here=base.environment)
         if found is not None:
             check_same_run(found, self._identity, anyway=config.resume_anyway)
         self.planned_steps = planned_steps(config, len(self._corpus.documents))
@@ -84,7 +86,7 @@ class Job:
 
     def _run(self, run: RunFolder, sampler: SystemSampler) -> None:
         base, config = self.base, self.config
-        configure(base.model, config)
+        base.model.configure(self._terms, config.checkpointing)
         adapters = base.model.attach(self._settings, seed=config.seed)
         learner = Learner(adapters, config, fp16=TYPE_NAMES[base.dtype] == "fp16")
         planned = plan(base.model, config, adapters.num_params)

@@ -20,9 +20,10 @@ from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import steps_per_epoch, training_steps
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
 from lorabatch.errors import TrainingError
+from lorabatch.model.backend import Backend
 from lorabatch.model.device import out_of_memory
 from lorabatch.train.batches import rank_blocks
-from lorabatch.train.evaluate import EvalResult, LossModel, evaluate
+from lorabatch.train.evaluate import EvalResult, evaluate
 from lorabatch.train.planner import halved
 from lorabatch.train.ranks import ALONE, Ranks
 from lorabatch.train.schedule import learning_rate, warmup_steps
@@ -37,7 +38,7 @@ def planned_steps(config: TrainConfig, num_documents: int) -> int:
 
 
 def train(
-    model: LossModel,
+    model: Backend,
     learner: Learner,
     corpus: TokenCorpus,
     validation: TokenCorpus | None,
@@ -114,7 +115,7 @@ def _note_eval(learner: Learner, result: EvalResult) -> bool:
 
 
 def train_step(
-    model: LossModel, learner: Learner, documents: Sequence[TokenDocument], config: TrainConfig, rate: float, ranks: Ranks = ALONE
+    model: Backend, learner: Learner, documents: Sequence[TokenDocument], config: TrainConfig, rate: float, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
     """One optimiser step; its record. Raises TrainingError before the update if loss or gradient is not finite."""
     start = time.perf_counter()
@@ -147,9 +148,7 @@ def train_step(
     }
 
 
-def _mean_gradient(
-    model: LossModel, learner: Learner, documents: Sequence[TokenDocument], targets: int, ranks: Ranks
-) -> tuple[float, float]:
+def _mean_gradient(model: Backend, learner: Learner, documents: Sequence[TokenDocument], targets: int, ranks: Ranks) -> tuple[float, float]:
     """Leave the documents' mean gradient in the adapters' buffer; the mean loss and the gradient's 2-norm, both finite.
 
     Repeated with a smaller loss scale where fp16 overflowed.
@@ -173,7 +172,7 @@ def _mean_gradient(
         scaler.overflowed(step)
 
 
-def _gradient_sum(model: LossModel, learner: Learner, documents: Sequence[TokenDocument], ranks: Ranks) -> float:
+def _gradient_sum(model: Backend, learner: Learner, documents: Sequence[TokenDocument], ranks: Ranks) -> float:
     """Leave the gradient of the documents' loss sum, of all ranks, in the adapters' buffer; that sum.
 
     Repeated in smaller blocks where memory did not suffice.
@@ -197,7 +196,7 @@ def _gradient_sum(model: LossModel, learner: Learner, documents: Sequence[TokenD
     return float(loss_sum)  # the step's host synchronisation
 
 
-def _backward(model: LossModel, learner: Learner, documents: Sequence[TokenDocument], ranks: Ranks) -> Tensor:
+def _backward(model: Backend, learner: Learner, documents: Sequence[TokenDocument], ranks: Ranks) -> Tensor:
     loss_sum = torch.zeros(())
     for token_ids, first_targets, counts in rank_blocks(documents, learner.block_tokens, ranks):
         loss = model.loss_sum(token_ids, first_targets) * float(counts)

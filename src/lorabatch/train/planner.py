@@ -9,35 +9,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.tokens import TokenDocument
-from lorabatch.errors import TrainingError, UsageError
+from lorabatch.errors import TrainingError
+from lorabatch.model.backend import Backend
 from lorabatch.model.device import free_bytes
 from lorabatch.model.linear import Prepacked
-from lorabatch.model.loss import CHUNK_ELEMENTS, LossTerms
+from lorabatch.model.loss import CHUNK_ELEMENTS
+from lorabatch.model.native import NativeModel
 from lorabatch.model.panels import Panels, whole
 from lorabatch.model.spec import ModelSpec
 
 HEADROOM = 0.9  # of the free memory: allocators keep some of what was freed
-
-
-def configure(model: Any, config: TrainConfig) -> None:
-    """Hand the model the settings of its training pass. UsageError for what the hf backend does not do."""
-    terms = LossTerms(config.label_smoothing, config.z_loss)
-    if model.backend == "native":
-        model.terms = terms
-        for layer in model.decoder.layers:
-            layer.checkpointing = config.checkpointing
-    elif terms != LossTerms() or config.checkpointing == "full":
-        raise UsageError(
-            "only the native decoder has --label_smoothing, --z_loss and --checkpointing full",
-            where="--backend hf",
-            fix="leave them out, or use a model that the native decoder knows",
-        )
 
 
 def layer_elements(spec: ModelSpec, checkpointing: str) -> int:
@@ -69,12 +55,12 @@ def step_bytes(
     return block_tokens * per_token + CHUNK_ELEMENTS * element_bytes + transposed + 3 * 4 * lora_params
 
 
-def plan(model: Any, config: TrainConfig, lora_params: int) -> tuple[int, int] | None:
+def plan(model: Backend, config: TrainConfig, lora_params: int) -> tuple[int, int] | None:
     """(tokens of a block, predicted bytes of its step): ``--block_tokens`` or as many halvings of it as memory asks for.
 
     None for the hf backend, whose needs are not known.
     """
-    if model.backend != "native":
+    if not isinstance(model, NativeModel):
         return None
     decoder = model.decoder
     free, tokens = free_bytes(decoder.device), config.block_tokens

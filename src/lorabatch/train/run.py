@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorabatch import hub
 from lorabatch.config import TrainConfig
@@ -24,6 +24,10 @@ from lorabatch.records import RunFolder, read_json
 from lorabatch.signals import Deadline, StopSignals
 from lorabatch.train.jobfile import read_jobs
 from lorabatch.train.ranks import Ranks, find_place, joined
+
+if TYPE_CHECKING:  # torch comes after what can be checked without it
+    from lorabatch.model.backend import Backend
+    from lorabatch.train.job import Job
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def _is_done(plan: _Plan) -> bool:
 
 @dataclass(frozen=True)
 class _Loaded:
-    jobs: dict[str, Any]  # name -> Job
+    jobs: dict[str, Job]  # by name
     progress: Progress
 
 
@@ -174,7 +178,9 @@ def _load(plans: list[_Plan], here: Mapping[str, Any], work: _Work) -> _Loaded:
     model_config = load.load_config(source.path)
     corpora = _tokenise(plans, model_config, load.load_tokenizer(source.path))
     phases.end("tokenise_s")
-    model: Any = load.load_model(source, model_config, backend=config.backend, dtype=dtype, device=device, product=_product(config, ranks))
+    model: Backend = load.load_model(
+        source, model_config, backend=config.backend, dtype=dtype, device=device, product=_product(config, ranks)
+    )
     machine = {
         "device": str(device),
         "dtype": TYPE_NAMES[dtype],

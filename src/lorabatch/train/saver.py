@@ -18,6 +18,7 @@ from lorabatch.corpus.packing import epoch_order
 from lorabatch.corpus.tokens import TokenCorpus
 from lorabatch.errors import UsageError
 from lorabatch.measure.statistics import summary
+from lorabatch.model.backend import Backend
 from lorabatch.model.lora import save_adapter
 from lorabatch.records import JsonlWriter, RunFolder
 from lorabatch.train import checkpoint
@@ -98,7 +99,7 @@ class Saver:
         config: TrainConfig,
         identity: Mapping[str, Any],
         learner: Learner,
-        model: Any,
+        model: Backend,
         base_name: str,
         *,
         writes: bool,
