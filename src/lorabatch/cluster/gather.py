@@ -7,7 +7,7 @@ shard's folder counts that a process of this work could have written: also of cl
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -52,36 +52,38 @@ def merge(folder: Path, config: InferConfig, prompts: PromptFile, shards: Sequen
     models = {run["model"]["fingerprint"] for run in runs if run.get("model") and run["model"].get("fingerprint")}
     if len(models) > 1:
         raise DataError(f"shards were computed with {len(models)} different models", where=folder, fix=AGAIN)
-    work_keys = {key for parts in done for _, part in parts for key in part.get("work_keys", ())}
-    totals, requests = _Totals(len(prompts)), iter(prompts)
-    request = next(requests, None)
+    totals = _Totals(len(prompts))
     with replacing(folder / "completions.jsonl") as file:
-        for shard, parts, end in zip(shards, done, plan["bounds"][1:], strict=True):
-            found = _recorded(shard, parts)
-            others = _Others(shard, work_keys)
-            while request is not None and request.index < end:
-                completion = others.better(request, found.pop((request.index, request.sample), None))
-                if completion is None:
-                    raise DataError(f"no completion for {request.id!r}, although it is done", where=shard / DONE, fix=ANEW)
-                totals.add(completion)
-                file.write(sealed(completion) + b"\n")
-                request = next(requests, None)
-            if found:
-                raise DataError(f"completion {next(iter(found.values()))['id']!r} is of no request of the input", where=shard, fix=AGAIN)
+        for completion in _in_input_order(prompts, shards, done, plan["bounds"][1:]):
+            totals.add(completion)
+            file.write(sealed(completion) + b"\n")
     write_json(folder / "metrics.json", totals.metrics(pieces, runs) | {"shards": len(shards), "quarantined": totals.quarantined})
     if config.output_format == "openai":
         path, adapters = folder / "batch_output.jsonl", [entry.partition("=")[0] for entry in config.adapters]
         write_openai_file(path, folder / "completions.jsonl", model=config.base_model, created=int(time.time()), adapters=adapters)
     shared = {k: runs[0].get(k) if runs else None for k in ("model", "device", "dtype", "threads", "backend", "gpu")}
     RunFolder(folder, record).finish("completed", **totals.tally.counts(), **shared)
-    totals.tally.warn()
-    counts = f"{totals.tally.completed} completed, {totals.tally.failed} failed of {len(prompts)}"
-    print(f"{counts}, every request exactly once: {folder / 'completions.jsonl'}")
-    if totals.quarantined:
-        fix = "run the same command with --retry_failed to try once more"
-        print(f"in quarantine, because their processes died: {', '.join(totals.quarantined)}; {fix}")
-    if not totals.tally.completed:
-        raise DataError("every request failed", where=folder / "completions.jsonl", fix="see the 'error' of its lines")
+    totals.say(folder / "completions.jsonl")
+
+
+def _in_input_order(
+    prompts: PromptFile, shards: Sequence[Path], done: Sequence[Sequence[tuple[Path, Record]]], ends: Sequence[int]
+) -> Iterator[Record]:
+    """The best completion of every request. DataError if one has none, or a completion no request."""
+    work_keys = {key for parts in done for _, part in parts for key in part.get("work_keys", ())}
+    requests = iter(prompts)
+    request = next(requests, None)
+    for shard, parts, end in zip(shards, done, ends, strict=True):
+        found = _recorded(shard, parts)
+        others = _Others(shard, work_keys)
+        while request is not None and request.index < end:
+            completion = others.better(request, found.pop((request.index, request.sample), None))
+            if completion is None:
+                raise DataError(f"no completion for {request.id!r}, although it is done", where=shard / DONE, fix=ANEW)
+            yield completion
+            request = next(requests, None)
+        if found:
+            raise DataError(f"completion {next(iter(found.values()))['id']!r} is of no request of the input", where=shard, fix=AGAIN)
 
 
 def _done(shard: Path) -> list[tuple[Path, Record]]:
@@ -152,6 +154,17 @@ class _Totals:
             self._times[name].append(ms)
         if tokens > 1 and {"ttft_ms", "e2el_ms"} <= times.keys():
             self._times["tpot_ms"].append((record["e2el_ms"] - record["ttft_ms"]) / (tokens - 1))
+
+    def say(self, path: Path) -> None:
+        """What a person should know at the end. DataError if nothing was completed."""
+        self.tally.warn()
+        counts = f"{self.tally.completed} completed, {self.tally.failed} failed of {len(self.tally.done)}"
+        print(f"{counts}, every request exactly once: {path}")
+        if self.quarantined:
+            fix = "run the same command with --retry_failed to try once more"
+            print(f"in quarantine, because their processes died: {', '.join(self.quarantined)}; {fix}")
+        if not self.tally.completed:
+            raise DataError("every request failed", where=path, fix="see the 'error' of its lines")
 
     def metrics(self, pieces: Sequence[Path], runs: Sequence[Record]) -> Record:
         """``duration_s`` is wall time from the first process's start to the last one's end, waits in the queue included."""

@@ -18,6 +18,16 @@ from lorabatch.model.device import TYPE_NAMES
 from lorabatch.train.state import TrainState
 
 
+def base_line(name: str, model: Backend, machine: Mapping[str, Any], trainable: int) -> str:
+    """What is trained on what. machine: as run.json has it; trainable: parameters, of all runs."""
+    size = f"{model.num_base_params / 1e6:.1f}M parameters in {model.base_bytes / 2**20:.1f} MiB"
+    where = f"{machine['dtype']} on {machine['device']}, {machine['threads']} threads"
+    where += f" x {machine['ranks']} ranks" if machine["ranks"] > 1 else ""
+    where += f", {machine['kernel_variant']} kernels" if machine["kernel_variant"] else ""
+    share = f"trainable {trainable:,} ({100 * trainable / (trainable + model.num_base_params):.2f} %)"
+    return f"base {name} ({size}, {where}); {share}"
+
+
 def data_record(corpus: TokenCorpus, validation: TokenCorpus | None) -> dict[str, Any]:
     def one(part: TokenCorpus) -> dict[str, Any]:
         return {

@@ -164,6 +164,7 @@ def _load(plans: list[_Plan], here: Mapping[str, Any], work: _Work) -> _Loaded:
     from lorabatch.model import load
     from lorabatch.model.device import TYPE_NAMES, choose_device, choose_dtype, choose_threads, keep_freed_memory, return_freed_memory
     from lorabatch.train import checkpoint
+    from lorabatch.train.figures import base_line
     from lorabatch.train.job import Base, Job
 
     phases.end("import_s")
@@ -193,11 +194,7 @@ def _load(plans: list[_Plan], here: Mapping[str, Any], work: _Work) -> _Loaded:
     base = Base(model, source, device, dtype, ranks, work.signals, work.deadline, machine, here)
     jobs = {p.name: Job(base, p.name, p.config, *rest) for p, *rest in zip(plans, corpora, found, strict=True)}
     trainable = sum(job.trainable_params for job in jobs.values())
-    size = f"{model.num_base_params / 1e6:.1f}M parameters in {model.base_bytes / 2**20:.1f} MiB"
-    where = f"{machine['dtype']} on {device}, {threads} threads" + (f" x {ranks.count} ranks" if ranks.count > 1 else "")
-    where += f", {machine['kernel_variant']} kernels" if machine["kernel_variant"] else ""
-    share = f"trainable {trainable:,} ({100 * trainable / (trainable + model.num_base_params):.2f} %)"
-    print(f"base {source.name} ({size}, {where}); {share}" + (f" in {len(jobs)} runs" if config.jobs else ""))
+    print(base_line(source.name, model, machine, trainable) + (f" in {len(jobs)} runs" if config.jobs else ""))
     steps, done = (sum(n) for n in zip(*((job.planned_steps, job.steps_done) for job in jobs.values()), strict=True))
     base.progress = Progress(steps, unit="step", description="train", done=done)
     phases.end("load_s")

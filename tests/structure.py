@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""How large the parts of the source are: ``python tests/structure.py [FOLDER]``. Counts that long lines cannot hide.
+
+Tokens: of Python's own tokenizer, without comments, docstrings and layout. Statements: of a function, without those of functions inside
+it. Branches: places where a function may go two ways.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.comprehension, ast.match_case)
+LIMITS = {
+    "statements of a function, most": 30,
+    "tokens of a file, most": 3000,
+    "tokens of a function, p90": 180,
+    "branches of a function, p90": 6,
+    "mentions of Any": 120,
+}
+
+
+def num_tokens(source: str) -> int:
+    return sum(t.type not in LAYOUT for t in tokenize.generate_tokens(io.StringIO(source).readline))
+
+
+def own(function: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a function, without those of functions inside it."""
+    for child in ast.iter_child_nodes(function):
+        if not isinstance(child, FUNCTIONS):
+            yield child
+            yield from own(child)
+
+
+def without_docstring(source: str, node: ast.AST) -> str:
+    segment = ast.get_source_segment(source, node) or ""
+    docstring = ast.get_docstring(node, clean=False)  # type: ignore[arg-type]
+    return segment.replace(docstring, "", 1) if docstring else segment
+
+
+def percentile(values: list[int], share: float) -> int:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def main(folder: Path) -> None:
+    statements, tokens, branches, files, mentions = {}, [], [], {}, 0
+    for path in sorted(folder.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        files[str(path)] = num_tokens(source)
+        mentions += len(re.findall(r"\bAny\b", source))
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, FUNCTIONS):
+                parts = list(own(node))
+                statements[f"{path}:{node.lineno} {node.name}"] = sum(isinstance(part, ast.stmt) for part in parts)
+                branches.append(sum(isinstance(part, BRANCHES) for part in parts))
+                tokens.append(num_tokens(without_docstring(source, node)))
+    found = (max(statements.values()), max(files.values()), percentile(tokens, 0.9), percentile(branches, 0.9), mentions)
+    print(f"{folder}: {len(files)} files, {len(tokens)} functions, {sum(files.values())} tokens")
+    for (name, limit), value in zip(LIMITS.items(), found, strict=True):
+        print(f"  {name:32} {value:6}   {'ok' if value <= limit else f'wanted: {limit}'}")
+    for what, sizes in (("functions", statements), ("files", files)):
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        print(f"  largest {what}: " + "; ".join(f"{name} {sizes[name]}" for name in largest))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "src/lorabatch"))
