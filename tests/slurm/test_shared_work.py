@@ -104,4 +104,4 @@ def test_sweep_of_four_is_cancelled_in_the_middle_goes_on_and_ranks_what_it_trai
     for row in board["rows"]:
         losses = [json.loads((run / folder / "metrics.json").read_text())["eval_loss"] for folder in row["folders"]]
         assert row["runs"] == 2 and row["mean"] == pytest.approx(sum(losses) / 2)
-        assert row["half_width"] == pytest.approx(12.706 * abs(losses[0] - losses[1]) / 2)
+        assert row["half_width"] == pytest.approx(12.7062 * abs(losses[0] - losses[1]) / 2)
