@@ -235,7 +235,7 @@ def test_leaderboard_averages_over_seeds_with_student_s_interval_and_compares_se
     assert second["behind"] == pytest.approx(0.25 / 3)
     assert second["behind_half_width"] == pytest.approx(4.3027 * math.sqrt(0.0025 / 3) / math.sqrt(3))
     text = as_markdown(board).splitlines()
-    assert "| 1 | 0.2 | 1.5000 | 1.3832 |  | 3 |  |" in text
+    assert "| 1 | 0.2 | 1.5000 | 1.3831 |  | 3 |  |" in text
     assert "| 2 | 0.3 | 1.5833 | 1.3165 | 0.0833 ± 0.0717 | 3 |  |" in text, "far within its own interval, and yet behind with every seed"
     assert "not told apart" in text[4] and "failed" in text[5] and "exit code 70" in text[5]
 
