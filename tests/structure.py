@@ -15,6 +15,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+from lorabatch.measure.statistics import percentile
+
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.comprehension, ast.match_case)
@@ -39,14 +41,10 @@ def own(function: ast.AST) -> Iterator[ast.AST]:
             yield from own(child)
 
 
-def without_docstring(source: str, node: ast.AST) -> str:
+def without_docstring(source: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     segment = ast.get_source_segment(source, node) or ""
-    docstring = ast.get_docstring(node, clean=False)  # type: ignore[arg-type]
+    docstring = ast.get_docstring(node, clean=False)
     return segment.replace(docstring, "", 1) if docstring else segment
-
-
-def percentile(values: list[int], share: float) -> int:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def main(folder: Path) -> None:
@@ -61,10 +59,10 @@ def main(folder: Path) -> None:
                 statements[f"{path}:{node.lineno} {node.name}"] = sum(isinstance(part, ast.stmt) for part in parts)
                 branches.append(sum(isinstance(part, BRANCHES) for part in parts))
                 tokens.append(num_tokens(without_docstring(source, node)))
-    found = (max(statements.values()), max(files.values()), percentile(tokens, 0.9), percentile(branches, 0.9), mentions)
+    found = (max(statements.values()), max(files.values()), percentile(tokens, 90), percentile(branches, 90), mentions)
     print(f"{folder}: {len(files)} files, {len(tokens)} functions, {sum(files.values())} tokens")
     for (name, limit), value in zip(LIMITS.items(), found, strict=True):
-        print(f"  {name:32} {value:6}   {'ok' if value <= limit else f'wanted: {limit}'}")
+        print(f"  {name:32} {value:6.0f}   {'ok' if value <= limit else f'wanted: {limit}'}")
     for what, sizes in (("functions", statements), ("files", files)):
         largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
         print(f"  largest {what}: " + "; ".join(f"{name} {sizes[name]}" for name in largest))

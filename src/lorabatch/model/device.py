@@ -53,8 +53,8 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Ask glibc for the opposite, where memory counts more than speed. Kept activations between freed temporaries leave holes that nothing
-    else fits: 0.55 GB beside the 0.2 that a step of ``--checkpointing full`` needs (docs/LOG.md, 2026-11-29)."""
+    """Ask glibc for the opposite, where memory counts more than speed: freed temporaries leave holes in its heap that later ones do not fill,
+    0.55 GB beside the 0.2 that a step of ``--checkpointing full`` needs (docs/LOG.md, 2026-11-29)."""
     mmap_threshold = -3  # M_MMAP_THRESHOLD: larger pieces have a mapping each; set, it no longer grows by itself
     _mallopt({mmap_threshold: 2**20})
 

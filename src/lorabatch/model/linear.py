@@ -229,7 +229,7 @@ class _AdaptedProduct(torch.autograd.Function):
 
 
 def _add_low_rank(adapted: Adapted, x: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:
-    """Adds the adapters' part to y [T, O]; returns x Aᵀ of all parts [T, sum of r]."""
+    """Adds the adapters' part to y [T, O]; returns x Aᵀ of all parts [T, sum of r], each padded to 16s where the kernels serve."""
     passes = _lora_passes(adapted, x, mask)
     if passes is not None:
         return passes.lora(_fused_parts(adapted), adapted[0][1].a.shape[0], x, y)
