@@ -1,9 +1,11 @@
-"""Batched inference, ours beside other engines on the same prompts: ``python benchmarks/infer.py --help``.
+"""Batched inference, ours beside other engines on the same prompts: ``python benchmarks/infer.py
+--help``.
 
-Every engine is a process of its own (benchmarks/peers/) that keeps its model loaded. One engine runs at a time,
-the others are stopped (SIGSTOP), because idle engines may spin. Rounds alternate, A B C A B C, after a short
-warm-up of each; a number is only ever compared with numbers of the same sitting. Sittings are appended to one
-JSON file; benchmarks/tables.py makes the README's table from it.
+Every engine is a process of its own (benchmarks/peers/) that keeps its model loaded. One engine
+runs at a time, the others are stopped (SIGSTOP), because idle engines may spin. Rounds alternate, A
+B C A B C, after a short warm-up of each; a number is only ever compared with numbers of the same
+sitting. Sittings are appended to one JSON file; benchmarks/tables.py makes the README's table from
+it.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from typing import Any
 
 from tables import agreement, results_name
 
-from lorabatch import hub
-from lorabatch.measure.environment import environment
+from lorabatch.machine.environment import environment
+from lorabatch.model import hub
 from lorabatch.model.load import load_tokenizer
 from lorabatch.records import utc_now, write_json
 
@@ -41,7 +43,8 @@ SHORT_PROMPTS = (
     "Question: How is high blood pressure treated? Answer:",
 )
 WARM_UP_TOKENS = 8
-COMPARED_TOKENS, COMPARED_REQUESTS = 16, 16  # whose beginnings are kept, to see that engines do the same work
+# whose beginnings are kept, to see that engines do the same work
+COMPARED_TOKENS, COMPARED_REQUESTS = 16, 16
 
 
 class Missing(Exception):
@@ -57,7 +60,18 @@ class Peer:
         if not python.exists():
             raise Missing(f"not installed (bash benchmarks/peers/install.sh {name})")
         script = HERE / "peers" / f"peer_{name}.py"
-        command = [python, script, "--model", model, "--mode", mode, "--cache", PEERS_HOME / "models", "--threads", threads]
+        command = [
+            python,
+            script,
+            "--model",
+            model,
+            "--mode",
+            mode,
+            "--cache",
+            PEERS_HOME / "models",
+            "--threads",
+            threads,
+        ]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
         self._process = subprocess.Popen(
             list(map(str, command)),
@@ -85,10 +99,13 @@ class Peer:
             os.killpg(self._process.pid, number)
 
     def round(self, prompts: list[list[int]], max_new_tokens: int) -> float:
-        """One batch from ids to ids; returns seconds. Raises Missing if the engine dies or returns too little."""
+        """One batch from ids to ids; returns seconds. Raises Missing if the engine dies or returns
+        too little."""
         self._signal(signal.SIGCONT)
         start = time.perf_counter()
-        self._process.stdin.write(json.dumps({"prompts": prompts, "max_new_tokens": max_new_tokens}) + "\n")
+        self._process.stdin.write(
+            json.dumps({"prompts": prompts, "max_new_tokens": max_new_tokens}) + "\n"
+        )
         self._process.stdin.flush()
         self.outputs = self._answer()["outputs"]
         seconds = time.perf_counter() - start
@@ -107,12 +124,17 @@ class Peer:
 
 
 def prompt_texts(workload: str, count: int) -> list[str]:
-    """repeated: four short prompts over and over. distinct: the sample's prompts, then beginnings of 8 to 71 words of its documents."""
+    """repeated: four short prompts over and over. distinct: the sample's prompts, then beginnings
+    of 8 to 71 words of its documents."""
     if workload == "repeated":
         return [SHORT_PROMPTS[i % len(SHORT_PROMPTS)] for i in range(count)]
     sample = HERE.parent / "data_sample"
     texts = (sample / "prompts.txt").read_text(encoding="utf-8").split("\n")
-    documents = [d.split() for d in (sample / "train.txt").read_text(encoding="utf-8").split("\n") if len(d.split()) >= 72]
+    documents = [
+        d.split()
+        for d in (sample / "train.txt").read_text(encoding="utf-8").split("\n")
+        if len(d.split()) >= 72
+    ]
     texts += [" ".join(words[: 8 + 37 * i % 64]) for i, words in enumerate(documents)]
     texts = list(dict.fromkeys(t for t in texts if t))
     if len(texts) < count:
@@ -120,8 +142,11 @@ def prompt_texts(workload: str, count: int) -> list[str]:
     return texts[:count]
 
 
-def alternate(peers: list[Peer], prompts: list[list[int]], max_new_tokens: int, rounds: int) -> dict[str, Any]:
-    """A warm-up each, then rounds A B C A B C. Results by engine; one that fails is closed and leaves ``peers``."""
+def alternate(
+    peers: list[Peer], prompts: list[list[int]], max_new_tokens: int, rounds: int
+) -> dict[str, Any]:
+    """A warm-up each, then rounds A B C A B C. Results by engine; one that fails is closed and
+    leaves ``peers``."""
     results: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
     for tokens in [WARM_UP_TOKENS] + [max_new_tokens] * rounds:
@@ -136,7 +161,9 @@ def alternate(peers: list[Peer], prompts: list[list[int]], max_new_tokens: int, 
     return results | {peer.name: _result(peer, seconds[peer.name][1:]) for peer in peers}
 
 
-def start(engines: Iterable[str], model: Path, mode: str, threads: int) -> tuple[list[Peer], dict[str, Any]]:
+def start(
+    engines: Iterable[str], model: Path, mode: str, threads: int
+) -> tuple[list[Peer], dict[str, Any]]:
     """(the engines that started, why the others did not)."""
     peers, missing = [], {}
     for name in engines:
@@ -150,7 +177,11 @@ def start(engines: Iterable[str], model: Path, mode: str, threads: int) -> tuple
 
 
 def append(output: Path, record: dict[str, Any]) -> None:
-    results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"kind": "infer", "sittings": []}
+    results = (
+        json.loads(output.read_text(encoding="utf-8"))
+        if output.exists()
+        else {"kind": "infer", "sittings": []}
+    )
     results["sittings"].append(record)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, results)
@@ -158,7 +189,9 @@ def append(output: Path, record: dict[str, Any]) -> None:
 
 def _result(peer: Peer, seconds: list[float]) -> dict[str, Any]:
     tokens = sum(map(len, peer.outputs))
-    beginnings = [" ".join(map(str, ids[:COMPARED_TOKENS])) for ids in peer.outputs[:COMPARED_REQUESTS]]
+    beginnings = [
+        " ".join(map(str, ids[:COMPARED_TOKENS])) for ids in peer.outputs[:COMPARED_REQUESTS]
+    ]
     return {
         **peer.facts,
         "output_tokens": tokens,
@@ -179,34 +212,56 @@ def show(engines: dict[str, Any]) -> None:
         low, high = min(e["tokens_per_s"]), max(e["tokens_per_s"])
         same = agreement(done[first]["first_tokens"], e["first_tokens"])
         print(
-            f"{name:>14}  {middle[name]:7.1f} tokens/s ({low:.1f}..{high:.1f})  {first} is {middle[first] / middle[name]:.2f}x"
-            f"  {e['dtype']}  peak {e['peak_rss_bytes'] / 2**30:.1f} GiB  start-up {e['startup_s']:.1f} s  same beginning {same:.0%}"
+            f"{name:>14}  {middle[name]:7.1f} tokens/s ({low:.1f}..{high:.1f})  {first} is "
+            f"{middle[first] / middle[name]:.2f}x"
+            f"  {e['dtype']}  peak {e['peak_rss_bytes'] / 2**30:.1f} GiB  start-up "
+            f"{e['startup_s']:.1f} s  same beginning {same:.0%}"
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--base_model", default="smollm2-135m")
     parser.add_argument("--modes", nargs="+", choices=("exact", "int8"), default=["exact", "int8"])
-    parser.add_argument("--workloads", nargs="+", choices=("repeated", "distinct"), default=["repeated", "distinct"])
+    parser.add_argument(
+        "--workloads", nargs="+", choices=("repeated", "distinct"), default=["repeated", "distinct"]
+    )
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="0 only starts each engine, which converts its model where needed")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="0 only starts each engine, which converts its model where needed",
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--output", type=Path, help="appended to [benchmarks/results/infer-CPU-DATE.json]")
+    parser.add_argument(
+        "--output", type=Path, help="appended to [benchmarks/results/infer-CPU-DATE.json]"
+    )
     options = parser.parse_args()
     where = environment()
     output = options.output or HERE / "results" / results_name("infer", str(where["cpu"]))
     model = hub.find_model(options.base_model).path
-    facts = {"base_model": options.base_model, "threads": options.threads, "max_new_tokens": options.max_new_tokens, "environment": where}
+    facts = {
+        "base_model": options.base_model,
+        "threads": options.threads,
+        "max_new_tokens": options.max_new_tokens,
+        "environment": where,
+    }
     for mode in options.modes:
         peers, missing = start(options.engines, model, mode, options.threads)
         try:
-            for workload, batch_size in product(options.workloads, options.batch_sizes if options.rounds else ()):
+            for workload, batch_size in product(
+                options.workloads, options.batch_sizes if options.rounds else ()
+            ):
                 prompts = load_tokenizer(model)(prompt_texts(workload, batch_size))["input_ids"]
                 input_tokens = sum(map(len, prompts))
-                print(f"{mode}, {workload} prompts, batch {batch_size}, {input_tokens} prompt tokens")
+                print(
+                    f"{mode}, {workload} prompts, batch {batch_size}, {input_tokens} prompt tokens"
+                )
                 record = {
                     "at": utc_now(),
                     "mode": mode,
@@ -214,7 +269,9 @@ def main() -> None:
                     "batch_size": batch_size,
                     "input_tokens": input_tokens,
                 } | facts
-                record["engines"] = missing | alternate(peers, prompts, options.max_new_tokens, options.rounds)
+                record["engines"] = missing | alternate(
+                    peers, prompts, options.max_new_tokens, options.rounds
+                )
                 show(record["engines"])
                 append(output, record)
         finally:

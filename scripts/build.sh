@@ -102,17 +102,20 @@ install_torch() {
     elif [[ $kind == cpu ]]; then
         install_cpu_torch "$version"
     else
-        stage "installing torch $version for the GPU" "${PIP[@]}" install "torch==$version"
+        stage "installing torch $version for the GPU (downloads about 5.5 GB)" "${PIP[@]}" install "torch==$version"
     fi
     echo "$choice" >"$VENV/.lorabatch-torch"
 }
 
-# A local file of the CPU build (pip's find-links) if there is one; the index's own build on Linux is the CUDA one.
+# A local file of the CPU build (pip's find-links) if there is one; on Linux the index's own build is
+# the CUDA one, many times as large.
 install_cpu_torch() {
-    log "installing torch $1 for the CPU"
+    log "installing torch $1 for the CPU (about 0.2 GB; no NVIDIA driver was found)"
     quietly "${PIP[@]}" install --no-deps --only-binary=:all: "torch==$1+cpu" && return
     if [[ $(uname -s) == Linux ]]; then
-        log "no CPU build is at hand: taking the default one, which may bring several GB of CUDA (TORCH_INDEX_URL avoids it)"
+        log "no CPU build is at hand: taking the default one, which downloads about 5.5 GB of CUDA"
+        log "to avoid that, stop here (Ctrl-C) and set TORCH_INDEX_URL to the address that torch's own"
+        log "installation page gives for pip, Linux and CPU (it ends in /whl/cpu), then run this again"
     fi
     quietly "${PIP[@]}" install "torch==$1" || failed "pip install torch==$1"
 }

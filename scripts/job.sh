@@ -5,6 +5,7 @@
 #   SITE          a name in configs/sites/ or the path of such a file   [generic]
 #   MODULES       modules to load instead of the site's
 #   MAX_REQUEUES  how often a job that saved itself goes back into the queue by itself  [20]
+#   CHECK         what a FAIL of lorabatch check does: warn, strict (ends the job), off  [warn]
 
 set -Eeuo pipefail
 ME=job_$KIND.slurm # Slurm's copy of it has another name
@@ -165,6 +166,16 @@ check_nodes() {
     ((code == 0)) || stop_here "$code" doctor
 }
 
+# The data, once, before anything is trained on it.
+check_data() {
+    local code=0
+    [[ ${CHECK:-warn} == @(warn|strict|off) ]] || die $EX_USAGE "CHECK=$CHECK: give warn, strict or off"
+    [[ ${CHECK:-warn} != off && ! -f $RUN/check/check.json ]] || return 0
+    log "check begins"
+    in_step --nodes=1 --ntasks=1 "$VENV/bin/python" -m lorabatch check "$@" --output_dir "$RUN/check" || code=$?
+    ((code == 0)) || [[ $code == 65 && ${CHECK:-warn} == warn ]] || stop_here "$code" check
+}
+
 # Train, infer with the adapter, report: what a job does without words of its own.
 pipeline() {
     local config=("$@") model=() spread=(--resume) device=()
@@ -173,10 +184,20 @@ pipeline() {
         choose_model
         model=(--base_model "$BASE_MODEL")
     fi
+    check_data "${config[@]}"
     if ((${SLURM_NTASKS:-1} > 1)); then spread=(--shards $((4 * SLURM_NTASKS))); fi
     run "$RUN/train/run.json" train "${config[@]}" "${model[@]}" "${device[@]}" --save_dir "$RUN/train" --resume auto
     run "$RUN/infer/run.json" infer "${config[@]}" "${model[@]}" "${device[@]}" --adapter_dir "$RUN/train" --output_dir "$RUN/infer" "${spread[@]}"
     lorabatch report "$RUN/train" "$RUN/infer" --output_dir "$RUN/report"
+}
+
+check_environment() {
+    if [[ -f scripts/build.sh ]]; then
+        refuse_broken_venv
+        venv_is_current || die $EX_UNAVAILABLE "$VENV is not built for this commit; on a node with internet run: bash scripts/build.sh"
+    else
+        lorabatch --version >/dev/null 2>&1 || die $EX_UNAVAILABLE "no lorabatch in VENV=$VENV; set VENV to the folder of the environment that it is installed in"
+    fi
 }
 
 job_main() {
@@ -187,8 +208,7 @@ job_main() {
     load_site
     choose_caches
     choose_threads
-    refuse_broken_venv
-    venv_is_current || die $EX_UNAVAILABLE "$VENV is not built for this commit; on a node with internet run: bash scripts/build.sh"
+    check_environment
     provenance "$@"
     check_nodes
     case ${1:-} in

@@ -5,6 +5,8 @@
 set -Eeuo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Without a checkout (lorabatch init): the environment at work, into which lorabatch was installed.
+[[ -f $ROOT/scripts/build.sh ]] || VENV=${VENV:-${VIRTUAL_ENV:-${CONDA_PREFIX:-}}}
 VENV=${VENV:-$ROOT/.venv}
 case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
 readonly ROOT VENV

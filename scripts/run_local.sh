@@ -27,6 +27,7 @@ LORA_R||rank of the adapters
 LORA_ALPHA||scale of the adapters, over the rank
 INFER_BATCH_SIZE||requests that run at once
 MAX_NEW_TOKENS|48|tokens generated per prompt at most
+MIN_NEW_TOKENS|8|and at least: a chat model likes to end a plain text at once
 ITERS||measured repetitions of the inference
 NO_CUDA||true: stay on the CPU
 '
@@ -139,7 +140,7 @@ main() {
 
     flags BASE_MODEL TRAIN_PATH VAL_PATH SAVE_DIR MAX_STEPS EPOCHS BATCH_SIZE MAX_VAL_DOCUMENTS LR LORA_R LORA_ALPHA NO_CUDA
     step "1/4 training an adapter for $BASE_MODEL" train "${FLAGS[@]}" --overwrite
-    flags BASE_MODEL PROMPTS INFER_BATCH_SIZE=batch_size MAX_NEW_TOKENS ITERS NO_CUDA
+    flags BASE_MODEL PROMPTS INFER_BATCH_SIZE=batch_size MAX_NEW_TOKENS MIN_NEW_TOKENS ITERS NO_CUDA
     step "2/4 completing the prompts without the adapter" infer "${FLAGS[@]}" --output_dir "$BASE_OUTPUT_DIR" --overwrite
     step "3/4 completing the prompts with the adapter" infer "${FLAGS[@]}" --adapter_dir "$SAVE_DIR" --output_dir "$OUTPUT_DIR" --overwrite
     step "4/4 writing the report" report "$SAVE_DIR" "$BASE_OUTPUT_DIR" "$OUTPUT_DIR" --output_dir "$REPORT_DIR"

@@ -53,7 +53,8 @@ main() {
     check "ruff check" "$python" -m ruff check
     check mypy "$python" -m mypy
     check_shell
-    check pytest "$python" -m pytest ${selection[@]+"${selection[@]}"} "$@"
+    # two at once: most tests are one thread that starts another program and waits for it
+    check pytest "$python" -m pytest -n 2 ${selection[@]+"${selection[@]}"} "$@"
 
     ((${#FAILED[@]} == 0)) || die 1 "failed: ${FAILED[*]}"
     log "all checks passed ($mode)"

@@ -1,4 +1,5 @@
-"""Complete prompts in batches: ``python src/infer_batch.py`` is ``lorabatch infer`` from a bare checkout."""
+"""Complete prompts in batches: ``python src/infer_batch.py`` is ``lorabatch infer`` from a bare
+checkout."""
 
 import sys
 

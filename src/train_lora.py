@@ -1,4 +1,5 @@
-"""Fine-tune a base model with LoRA: ``python src/train_lora.py`` is ``lorabatch train`` from a bare checkout."""
+"""Fine-tune a base model with LoRA: ``python src/train_lora.py`` is ``lorabatch train`` from a bare
+checkout."""
 
 import sys
 

@@ -1,4 +1,5 @@
-"""The two helpers of the course's original project: a timer and ``batchify``. The package does not need them."""
+"""The two helpers of the course's original project: a timer and ``batchify``. The package does not
+need them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def timer(label: str) -> Iterator[None]:
 
 
 def batchify(items: Sequence[Item], batch_size: int) -> Iterator[Sequence[Item]]:
-    """Consecutive slices of ``batch_size`` items; the last one may be shorter. ValueError below 1."""
+    """Consecutive slices of ``batch_size`` items; the last one may be shorter. ValueError below
+    1."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     for start in range(0, len(items), batch_size):

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""How large the parts of the source are: ``python tests/structure.py [FOLDER]``. Counts that long lines cannot hide.
+"""How large the parts of the source are: ``python tests/structure.py [FOLDER]``. Counts that long
+lines cannot hide.
 
-Tokens: of Python's own tokenizer, without comments, docstrings and layout. Statements: of a function, without those of functions inside
-it. Branches: places where a function may go two ways.
+Tokens: of Python's own tokenizer, without comments, docstrings and layout. Statements: of a
+function, without those of functions inside it. Branches: places where a function may go two ways.
 """
 
 from __future__ import annotations
@@ -15,11 +16,27 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorabatch.measure.statistics import percentile
+from lorabatch.metrics.statistics import percentile
 
-LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
+LAYOUT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENCODING,
+    tokenize.ENDMARKER,
+}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.comprehension, ast.match_case)
+BRANCHES = (
+    ast.If,
+    ast.IfExp,
+    ast.For,
+    ast.While,
+    ast.ExceptHandler,
+    ast.comprehension,
+    ast.match_case,
+)
 LIMITS = {
     "statements of a function, most": 30,
     "tokens of a file, most": 3000,
@@ -47,23 +64,50 @@ def without_docstring(source: str, node: ast.FunctionDef | ast.AsyncFunctionDef)
     return segment.replace(docstring, "", 1) if docstring else segment
 
 
+def functions(source: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS))
+
+
+def num_statements(function: ast.AST) -> int:
+    return sum(isinstance(part, ast.stmt) for part in own(function))
+
+
+class Counts:
+    """Of all Python files below a folder: ``found`` has the figures of LIMITS, by their names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.statements: dict[str, int] = {}
+        self.files: dict[str, int] = {}
+        self.tokens: list[int] = []
+        branches, mentions = [], 0
+        for path in sorted(folder.rglob("*.py")):
+            source = path.read_text(encoding="utf-8")
+            self.files[str(path)] = num_tokens(source)
+            mentions += len(re.findall(r"\bAny\b", source))
+            for node in functions(source):
+                self.statements[f"{path}:{node.lineno} {node.name}"] = num_statements(node)
+                branches.append(sum(isinstance(part, BRANCHES) for part in own(node)))
+                self.tokens.append(num_tokens(without_docstring(source, node)))
+        values = (
+            max(self.statements.values()),
+            max(self.files.values()),
+            percentile(self.tokens, 90),
+            percentile(branches, 90),
+            mentions,
+        )
+        self.found = dict(zip(LIMITS, values, strict=True))
+
+
 def main(folder: Path) -> None:
-    statements, tokens, branches, files, mentions = {}, [], [], {}, 0
-    for path in sorted(folder.rglob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        files[str(path)] = num_tokens(source)
-        mentions += len(re.findall(r"\bAny\b", source))
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, FUNCTIONS):
-                parts = list(own(node))
-                statements[f"{path}:{node.lineno} {node.name}"] = sum(isinstance(part, ast.stmt) for part in parts)
-                branches.append(sum(isinstance(part, BRANCHES) for part in parts))
-                tokens.append(num_tokens(without_docstring(source, node)))
-    found = (max(statements.values()), max(files.values()), percentile(tokens, 90), percentile(branches, 90), mentions)
-    print(f"{folder}: {len(files)} files, {len(tokens)} functions, {sum(files.values())} tokens")
-    for (name, limit), value in zip(LIMITS.items(), found, strict=True):
+    counts = Counts(folder)
+    files, functions_ = counts.files, counts.statements
+    print(
+        f"{folder}: {len(files)} files, {len(functions_)} functions, {sum(files.values())} tokens"
+    )
+    for name, value in counts.found.items():
+        limit = LIMITS[name]
         print(f"  {name:32} {value:6.0f}   {'ok' if value <= limit else f'wanted: {limit}'}")
-    for what, sizes in (("functions", statements), ("files", files)):
+    for what, sizes in (("functions", functions_), ("files", files)):
         largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
         print(f"  largest {what}: " + "; ".join(f"{name} {sizes[name]}" for name in largest))
 

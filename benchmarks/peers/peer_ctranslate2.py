@@ -18,7 +18,13 @@ def load(options):
         TransformersConverter(str(options.model)).convert(str(target), quantization=compute)
 
     folder = converted(options.cache / f"ctranslate2-{options.mode}", convert)
-    generator = ctranslate2.Generator(str(folder), device="cpu", compute_type=compute, inter_threads=1, intra_threads=options.threads)
+    generator = ctranslate2.Generator(
+        str(folder),
+        device="cpu",
+        compute_type=compute,
+        inter_threads=1,
+        intra_threads=options.threads,
+    )
     tokens = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
 
     def generate(prompts, max_new_tokens):

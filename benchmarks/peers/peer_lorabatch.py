@@ -1,8 +1,10 @@
-"""This project's own engine with the defaults of `lorabatch infer`, through the same pipe as the others."""
+"""This project's own engine with the defaults of `lorabatch infer`, through the same pipe as the
+others."""
 
 from protocol import has_no_mode, serve
 
-SLOT_TOKENS = 256  # slots are made in multiples of this, so that the warm-up's serve the measured rounds too
+# slots are made in multiples of this, so that the warm-up's serve the measured rounds too
+SLOT_TOKENS = 256
 
 
 def load(options):
@@ -10,11 +12,11 @@ def load(options):
 
     from lorabatch.config import InferConfig
     from lorabatch.errors import UnavailableError
-    from lorabatch.hub import ModelSource
     from lorabatch.infer.engine import Engine
     from lorabatch.infer.requests import Request, SamplingParams
-    from lorabatch.infer.runner import load_for_runner, make_runner
-    from lorabatch.model.device import TYPE_NAMES, choose_dtype, choose_threads
+    from lorabatch.infer.runners import load_for_runner, make_runner
+    from lorabatch.machine.device import TYPE_NAMES, choose_dtype, choose_threads
+    from lorabatch.model.hub import ModelSource
     from lorabatch.model.load import load_config, load_tokenizer
 
     config = InferConfig(quantize={"exact": "none", "int8": "int8"}[options.mode])
@@ -31,13 +33,27 @@ def load(options):
 
     def generate(prompts, max_new_tokens):
         nonlocal engine, size
-        num_slots, capacity = len(prompts), -(-(max(map(len, prompts)) + max_new_tokens) // SLOT_TOKENS) * SLOT_TOKENS
+        num_slots, capacity = (
+            len(prompts),
+            -(-(max(map(len, prompts)) + max_new_tokens) // SLOT_TOKENS) * SLOT_TOKENS,
+        )
         if size != (num_slots, capacity):  # in the warm-up
             size, max_tokens = (num_slots, capacity), config.prefill_tokens + num_slots
-            runner = make_runner(model, num_slots=num_slots, capacity=capacity, max_tokens=max_tokens, quantize=config.quantize)
-            engine = Engine(runner, tokenizer, (), max_running=num_slots, prefill_tokens=config.prefill_tokens)
+            runner = make_runner(
+                model,
+                num_slots=num_slots,
+                capacity=capacity,
+                max_tokens=max_tokens,
+                quantize=config.quantize,
+            )
+            engine = Engine(
+                runner, tokenizer, (), max_running=num_slots, prefill_tokens=config.prefill_tokens
+            )
         params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
-        requests = [Request(str(i), i, "", params, token_ids=ids, max_new_tokens=max_new_tokens) for i, ids in enumerate(prompts)]
+        requests = [
+            Request(str(i), i, "", params, token_ids=ids, max_new_tokens=max_new_tokens)
+            for i, ids in enumerate(prompts)
+        ]
         engine.run(requests, lambda request: None)
         return [request.output_ids for request in requests]
 

@@ -5,188 +5,83 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+import textwrap
 
 from lorabatch import __version__
+from lorabatch.command_line import parse
 from lorabatch.config import (
-    BenchInferConfig,
-    BenchMachineConfig,
-    BenchTrainConfig,
-    CompareConfig,
+    CompletionConfig,
     DoctorConfig,
+    ExportConfig,
     FetchConfig,
     InferConfig,
+    InitConfig,
     MergeConfig,
-    ProfileInferConfig,
-    ProfileTrainConfig,
     ReportConfig,
+    SchemaConfig,
     StageConfig,
     StatusConfig,
     SubmitConfig,
     SweepConfig,
     TrainConfig,
 )
+from lorabatch.config_chat import ChatConfig
+from lorabatch.config_measure import (
+    BenchInferConfig,
+    BenchMachineConfig,
+    BenchTrainConfig,
+    CompareConfig,
+    ProfileInferConfig,
+    ProfileTrainConfig,
+)
+from lorabatch.config_trust import CheckConfig, EvalConfig, SplitConfig
 from lorabatch.errors import LorabatchError, UnavailableError, UsageError, nearest
-from lorabatch.settings import Settings, parse
+from lorabatch.settings import Settings
 
-
-def _train(config: TrainConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.train.run import run_training
-
-    return run_training(config, command)
-
-
-def _infer(config: InferConfig, extras: dict[str, Any], command: list[str]) -> int:
-    if config.shards is not None:
-        from lorabatch.cluster.shards import run_sharded
-
-        return run_sharded(config, command)
-    from lorabatch.infer.run import run_inference
-
-    return run_inference(config, command)
-
-
-def _merge(config: MergeConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.model.merge import merge_to_folder
-
-    print(merge_to_folder(config))
-    return 0
-
-
-def _fetch(config: FetchConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch import hub
-
-    hub.prepare_environment()
-    source = hub.fetch(extras["name"], to=Path(config.to) if config.to else None, revision=config.revision, offline=config.offline)
-    if config.verify:
-        files, size = hub.verify(source.path)
-        print(f"{files} files, {size / 1e6:.1f} MB, all as they were fetched")
-    print(f"{source.name}: {source.path}" + (f" (revision {source.revision})" if source.revision else ""))
-    return 0
-
-
-def _stage(config: StageConfig, extras: dict[str, Any], command: list[str]) -> int:
-    return _fetch(FetchConfig(to=extras["to"], offline=True, verify=config.verify), extras, command)
-
-
-def _report(config: ReportConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.report.build import build_report
-
-    for path in build_report([Path(p) for p in extras["runs"]], config):
-        print(path)
-    return 0
-
-
-def _sweep(config: SweepConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.cluster.sweep import run_sweep
-
-    return run_sweep(extras["file"], config)
-
-
-def _submit(config: SubmitConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.cluster.submit import submit
-
-    return submit(extras["what"], config, extras["config"])
-
-
-def _status(config: StatusConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.cluster.submit import status
-
-    return status(Path(extras["folder"]))
-
-
-def _doctor(config: DoctorConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.cluster.doctor import run_doctor
-
-    return run_doctor(config)
-
-
-def _bench_machine(config: BenchMachineConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.measure.machine import run_bench_machine
-
-    return run_bench_machine(config)
-
-
-def _profile_train(config: ProfileTrainConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.measure.profile import WARM_STEPS, profile_run
-    from lorabatch.train.run import run_training
-
-    if config.jobs:
-        raise UsageError("profiles one run", where="--jobs", fix="leave it out, and give the settings of one of the runs as flags")
-    folder = Path(config.profile_dir)
-    steps = config.max_steps or WARM_STEPS + config.profile_steps
-    short = replace(config, save_dir=str(folder / "run"), overwrite=True, max_steps=steps, max_val_documents=config.max_val_documents or 8)
-    return profile_run("train", lambda: run_training(short, command), config, run_folder=folder / "run")
-
-
-def _profile_infer(config: ProfileInferConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.infer.run import run_inference
-    from lorabatch.measure.profile import profile_run
-
-    folder = Path(config.profile_dir)
-    moved = replace(config, output_dir=str(folder / "run"), overwrite=True, resume=False)
-    return profile_run("infer", lambda: run_inference(moved, command), config, run_folder=folder / "run")
-
-
-def _compare(config: CompareConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.measure.compare import compare
-
-    print("\n".join(compare(Path(extras["a"]), Path(extras["b"]), across_hosts=config.across_hosts)))
-    return 0
-
-
-def _bench_train(config: BenchTrainConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.train.bench import run_bench_train
-
-    return run_bench_train(config, command)
-
-
-def _bench_infer(config: BenchInferConfig, extras: dict[str, Any], command: list[str]) -> int:
-    from lorabatch.infer.bench import run_bench_infer
-
-    return run_bench_infer(config, command)
-
-
-Command = tuple[type[Settings], Callable[[Any, dict[str, Any], list[str]], int], dict[str, str]]
-COMMANDS: dict[str, Command] = {
-    config.command: (config, action, positionals)
-    for config, action, positionals in (
-        (TrainConfig, _train, {}),
-        (InferConfig, _infer, {}),
-        (ReportConfig, _report, {"runs": "run folders and JSON files of lorabatch bench, in any order"}),
-        (MergeConfig, _merge, {}),
-        (FetchConfig, _fetch, {"name": "name on the hub, .gguf file, or smollm2-135m"}),
-        (StageConfig, _stage, {"name": "what was fetched", "to": "folder on the node's own disk"}),
-        (SweepConfig, _sweep, {"file": "TOML file with the tables [train] and [search]"}),
-        (SubmitConfig, _submit, {"what": "train, infer, sweep or pipeline"}),
-        (StatusConfig, _status, {"folder": "run folder that lorabatch submit named"}),
-        (DoctorConfig, _doctor, {}),
-        (CompareConfig, _compare, {"a": "run folder, or file of lorabatch bench", "b": "the same of what may be faster"}),
-        (ProfileTrainConfig, _profile_train, {}),
-        (ProfileInferConfig, _profile_infer, {}),
-        (BenchMachineConfig, _bench_machine, {}),
-        (BenchTrainConfig, _bench_train, {}),
-        (BenchInferConfig, _bench_infer, {}),
-    )
+# Name -> (its settings, the function that runs it: ``(config, command) -> exit code``). Functions
+# stand here by name, so that ``--help`` loads none of them.
+COMMANDS: dict[str, tuple[type[Settings], str]] = {
+    "check": (CheckConfig, "lorabatch.check.run:run_check"),
+    "split": (SplitConfig, "lorabatch.check.split:run_split"),
+    "train": (TrainConfig, "lorabatch.train.run:run_training"),
+    "infer": (InferConfig, "lorabatch.cluster.shards:run_infer"),
+    "eval": (EvalConfig, "lorabatch.evaluate.run:run_eval"),
+    "chat": (ChatConfig, "lorabatch.infer.chat:run_chat"),
+    "report": (ReportConfig, "lorabatch.report.build:run_report"),
+    "merge": (MergeConfig, "lorabatch.model.export:run_merge"),
+    "export": (ExportConfig, "lorabatch.report.export:run_export"),
+    "fetch": (FetchConfig, "lorabatch.model.fetch:run_fetch"),
+    "stage": (StageConfig, "lorabatch.model.fetch:run_stage"),
+    "sweep": (SweepConfig, "lorabatch.cluster.sweep:run_sweep"),
+    "init": (InitConfig, "lorabatch.starter:run_init"),
+    "submit": (SubmitConfig, "lorabatch.cluster.submit:run_submit"),
+    "status": (StatusConfig, "lorabatch.cluster.status:run_status"),
+    "doctor": (DoctorConfig, "lorabatch.cluster.doctor:run_doctor"),
+    "completion": (CompletionConfig, "lorabatch.editors:run_completion"),
+    "schema": (SchemaConfig, "lorabatch.editors:run_schema"),
+    "compare": (CompareConfig, "lorabatch.bench.compare:run_compare"),
+    "profile train": (ProfileTrainConfig, "lorabatch.profile.run:run_profile_train"),
+    "profile infer": (ProfileInferConfig, "lorabatch.profile.run:run_profile_infer"),
+    "bench machine": (BenchMachineConfig, "lorabatch.bench.machine:run_bench_machine"),
+    "bench train": (BenchTrainConfig, "lorabatch.bench.train:run_bench_train"),
+    "bench infer": (BenchInferConfig, "lorabatch.bench.infer:run_bench_infer"),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}  # commands of two words
 
 
 class _Output:
-    """A stream that goes on into nothing when its reader has left (``| head -1``): the run is worth more than its words."""
+    """A stream that writes into nothing once its reader has left (``| head -1``): the run is worth
+    more than its output."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream = stream
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         try:
-            return int(self._stream.write(text))
+            return self._stream.write(text)
         except BrokenPipeError:
             self._leave()
             return len(text)
@@ -204,7 +99,8 @@ class _Output:
 
 
 def _outlive_readers() -> None:
-    """No reader that leaves, and no character that the terminal's encoding lacks, ends a command."""
+    """No reader that leaves, and no character that the terminal's encoding lacks, ends a
+    command."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # not None (closed), nor what a test put there
@@ -212,17 +108,37 @@ def _outlive_readers() -> None:
             setattr(sys, name, _Output(stream))
 
 
-def usage() -> str:
-    lines = [f"lorabatch {__version__}: LoRA fine-tuning and batched inference", "", "usage: lorabatch COMMAND [flags]", ""]
-    lines += [f"  {name:14} {config.__doc__.splitlines()[0]}" for name, (config, _, _) in COMMANDS.items() if config.__doc__]
+def usage(group: str = "") -> str:
+    """All commands, or those of a group."""
+    lines = [
+        f"lorabatch {__version__}: LoRA fine-tuning and batched inference",
+        "",
+        f"usage: lorabatch {f'{group} WHAT' if group else 'COMMAND'} [flags]",
+        "",
+    ]
+    lines += [
+        _entry(name, config.__doc__ or "")
+        for name, (config, _) in COMMANDS.items()
+        if not group or name.startswith(f"{group} ")
+    ]
     return "\n".join(
         [
             *lines,
             "",
             "lorabatch COMMAND --help lists its flags. Exit codes: 0 done, 64 usage, 65 bad data,",
-            "69 something needed is missing, 70 failed, 75 stopped with everything saved: run again.",
+            (
+                "69 something needed is missing, 70 failed, 75 stopped with everything saved: run "
+                "again."
+            ),
         ]
     )
+
+
+def _entry(name: str, about: str) -> str:
+    """What a command does, beside its name."""
+    head, indent = f"  {name:14} ", " " * 17
+    text = " ".join(about.split())
+    return textwrap.fill(text, 100, initial_indent=head, subsequent_indent=indent)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,41 +152,59 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     count = 2 if argv[0] in GROUPS else 1
+    if count == 2 and argv[1:] in ([], ["-h"], ["--help"]):
+        print(usage(argv[0]))
+        return 0 if argv[1:] else 64
     name = " ".join(argv[:count])
     if name not in COMMANDS:
-        print(f"lorabatch: {UsageError(f'unknown command {name!r}', fix=nearest(name, COMMANDS))}", file=sys.stderr)
+        print(
+            f"lorabatch: {UsageError(f'unknown command {name!r}', fix=nearest(name, COMMANDS))}",
+            file=sys.stderr,
+        )
         return 64
     return run_command(name, argv[count:])
 
 
 def run_command(name: str, argv: list[str], *, prog: str | None = None) -> int:
-    """One command with the errors handled; also behind ``src/train_lora.py`` and ``src/infer_batch.py``."""
+    """One command with the errors handled; also behind ``src/train_lora.py`` and
+    ``src/infer_batch.py``."""
     _outlive_readers()
-    config_class, action, positionals = COMMANDS[name]
-    debug = "--debug" in argv
+    config_class, function = COMMANDS[name]
     try:
-        config, extras = parse(config_class, argv, prog=prog or f"lorabatch {name}", positionals=positionals)
-        if "LORABATCH_KERNELS" in os.environ:  # before the slow part, and without ctypes where nobody asked
+        config = parse(config_class, argv, prog=prog or f"lorabatch {name}")
+        # before the slow part, and without ctypes where nobody asked
+        if "LORABATCH_KERNELS" in os.environ:
             from lorabatch import kernels
 
             kernels.check()
-        return action(config, extras, [prog or "lorabatch", *name.split(), *argv])
-    except LorabatchError as error:
-        if debug:
-            raise
-        print(f"lorabatch {name}: {error}", file=sys.stderr)
-        return error.exit_code
+        from pkgutil import resolve_name  # not in the time of --help
+
+        run = resolve_name(function)
+        return int(run(config, [prog or "lorabatch", *name.split(), *argv]))
     except KeyboardInterrupt:
         print(f"lorabatch {name}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug:
+        if "--debug" in argv:
             raise
-        if isinstance(error, OSError) and error.filename:  # the system's refusal, where nothing nearer has its own words for it
-            refused = UnavailableError(str(error.strerror), where=error.filename, fix="check the path, its permissions and the free space")
-            print(f"lorabatch {name}: {refused}", file=sys.stderr)
-            return refused.exit_code
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        unforeseen = LorabatchError(f"unforeseen {what}", fix="this is a fault of lorabatch: run again with --debug to see where")
-        print(f"lorabatch {name}: {unforeseen}", file=sys.stderr)
-        return unforeseen.exit_code
+        shown = _as_one_line(error)
+        print(f"lorabatch {name}: {shown}", file=sys.stderr)
+        return shown.exit_code
+
+
+def _as_one_line(error: Exception) -> LorabatchError:
+    """What the user is told of an error: our own text, the system's refusal where nothing nearer
+    has its own text for it, or a fault of ours."""
+    if isinstance(error, LorabatchError):
+        return error
+    if isinstance(error, OSError) and error.filename:
+        return UnavailableError(
+            str(error.strerror),
+            where=error.filename,
+            fix="check the path, its permissions and the free space",
+        )
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return LorabatchError(
+        f"unforeseen {what}",
+        fix="this is a fault of lorabatch: run again with --debug to see where",
+    )

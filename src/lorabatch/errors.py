@@ -6,8 +6,9 @@ Exit codes follow BSD's sysexits where it has one, so that a job script can act 
     64 usage        a flag, a key or a value is wrong
     65 bad data     an input file is wrong
     69 unavailable  a needed thing (model, package, device, folder) is not there
-    70 failed       the work itself failed (a loss that is not a number, for example), or lorabatch has a fault
-    75 try again    stopped early with everything saved; the same command goes on from there
+    70 failed       the work itself failed (a loss that is not a number, for example), or lorabatch
+    has a fault
+    75 try again    stopped early with everything saved; the same command resumes from there
 """
 
 from __future__ import annotations
@@ -16,19 +17,29 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
-STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of controls, of writing direction and width, half pairs, line ends
+# Unicode's categories of controls, of writing direction and width, half pairs, line ends
+STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def visible(text: str) -> str:
-    """Text from elsewhere, to be read by people: characters that steer the display of others stand as escapes (``\\u202e``)."""
+    """Text from elsewhere, to be read by people: characters that steer the display of others stand
+    as escapes (``\\u202e``)."""
     if text.isprintable():
         return text
-    return "".join(_escape(c) if c not in "\t\n" and unicodedata.category(c) in STEERING else c for c in text)
+    return "".join(
+        _escape(c) if c not in "\t\n" and unicodedata.category(c) in STEERING else c for c in text
+    )
 
 
 def _escape(character: str) -> str:
     number = ord(character)
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}" if number < 1 << 16 else f"\\U{number:08x}"
+    return (
+        f"\\x{number:02x}"
+        if number < 256
+        else f"\\u{number:04x}"
+        if number < 1 << 16
+        else f"\\U{number:08x}"
+    )
 
 
 class LorabatchError(Exception):

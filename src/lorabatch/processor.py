@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import platform
 
-NATIVE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "int8": {"avx512_vnni", "amx_int8"}}  # type -> flags, of which one suffices
+# type -> flags, of which one suffices
+NATIVE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "int8": {"avx512_vnni", "amx_int8"}}
 
 
 def cpuinfo(key: str) -> str:
     """The first processor's line of /proc/cpuinfo; empty where there is none."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return next((value.strip() for name, _, value in (line.partition(":") for line in file) if name.strip() == key), "")
+            return next(
+                (
+                    value.strip()
+                    for name, _, value in (line.partition(":") for line in file)
+                    if name.strip() == key
+                ),
+                "",
+            )
     except OSError:
         return ""
 
@@ -32,5 +40,8 @@ def vendor() -> str:
 
 def processor_name() -> str:
     """With its family and model: clouds call every generation of a vendor by one name."""
-    name, numbers = cpuinfo("model name") or platform.machine(), [cpuinfo(key) for key in ("cpu family", "model")]
+    name, numbers = (
+        cpuinfo("model name") or platform.machine(),
+        [cpuinfo(key) for key in ("cpu family", "model")],
+    )
     return "{} (family {}, model {})".format(name, *numbers) if all(numbers) else name

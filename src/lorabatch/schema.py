@@ -1,92 +1,60 @@
-"""What every record of ours holds, and how it is written as JSON and checked when it is read: one table (``KINDS``) for all of them.
+"""What every record of ours holds, and how it is written as JSON and checked when it is read: one
+table (``KINDS``) for all of them.
 
-A kind of record is the name of its file (where that says too little, a name of its own). A field is a leaf (words, and a test of
-the value), ``Maybe`` (null or missing is fine), ``[kind]`` (a list of them) or a mapping of fields, where ``"*"`` stands for all
-other names; without it other names are not looked at, so that a record may say more than its readers know.
+A kind of record is the name of its file (where that says too little, a name of its own). What its
+fields may be is written as ``lorabatch.rules`` has it.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, NoReturn
 
 from lorabatch.errors import DataError
+from lorabatch.rules import (
+    ANY,
+    COUNT,
+    DIGITS,
+    FLAG,
+    INT,
+    MOMENT,
+    NUMBER,
+    POSITIVE,
+    PROCESS,
+    TEXT,
+    Maybe,
+    Variants,
+    one_of,
+    whole,
+    wrong,
+)
+
+Record = dict[str, Any]  # a JSON object
+Fields = Mapping[str, Any]  # one that is only read
 
 SCHEMA_VERSION = 1
 CHECKSUM = "crc32"
 SEAL = re.compile(rb',\s+"crc32": "([0-9a-f]{8})"\s*}\s*\Z')
 SEAL_BYTES = 40  # at most
 RESTORE = "restore or remove the file"
-LARGEST = 1e60  # more than anything counted or measured here (a loss that diverges in fp32 too), and products of a few stay finite
-SHOWN = 60  # characters of a value that is wrong
 
 
 class NewerRecord(DataError):
-    """Written by a version that knows more than this one: never guessed at, never taken for damage."""
-
-
-@dataclass(frozen=True)
-class Leaf:
-    words: str
-    test: Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class Maybe:
-    of: Any
-    missing: bool = True  # is as good as null
-
-
-@dataclass(frozen=True)
-class Variants:
-    """A mapping whose other fields depend on one of its own; a value that is not listed asks for nothing more."""
-
-    by: str
-    fields: Mapping[str, Mapping[str, Any]]
+    """Written by a version that knows more than this one: never guessed at, never taken for
+    damage."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    fields: Any
+    fields: object
     version: int = SCHEMA_VERSION
     needs_version: bool = False  # every version of it wrote its number
 
 
-def _whole(least: float, most: float = 2.0**63) -> Leaf:
-    words = f"a whole number from {least:.0f}" if math.isfinite(least) else "of type int"
-    return Leaf(words, lambda v: type(v) is int and max(least, -LARGEST) <= v < min(most, LARGEST))
-
-
-def _is_moment(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
-    except ValueError:
-        return False
-
-
-def is_number(value: Any) -> bool:
-    """Finite, and small enough to be reckoned with."""
-    return type(value) in (int, float) and abs(value) <= LARGEST  # no comparison holds for what is not a number
-
-
-def one_of(*names: str) -> Leaf:
-    return Leaf(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
-
-
-ANY = Leaf("anything", lambda v: True)
-TEXT = Leaf("of type str", lambda v: isinstance(v, str))
-FLAG = Leaf("of type bool", lambda v: isinstance(v, bool))
-INT, COUNT, POSITIVE = _whole(-math.inf, LARGEST), _whole(0), _whole(1)
-NUMBER = Leaf("of type float", is_number)
-PROCESS = _whole(1, 2.0**31)
-DIGITS = Leaf("16 hexadecimal digits", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) is not None)
-MOMENT = Leaf("a time with its zone", _is_moment)
 FREE = {"*": ANY}
 TYPES = ("fp32", "bf16", "fp16", "int8")
 
@@ -99,20 +67,38 @@ ENVIRONMENT = {
 }
 CONFIG = {
     **dict.fromkeys(("batch_size", "grad_accum_steps", "block_tokens"), Maybe(POSITIVE)),
-    **dict.fromkeys(("base_model", "adapter_dir", "prompts", "output_format", "quantize"), Maybe(TEXT)),
+    **dict.fromkeys(
+        ("base_model", "adapter_dir", "prompts", "output_format", "quantize"), Maybe(TEXT)
+    ),
     "temperature": Maybe(NUMBER),
     "adapters": Maybe([TEXT]),
 }
 GPU = {"name": Maybe(TEXT), "memory_bytes": Maybe(COUNT)}
 MODEL = {
-    **dict.fromkeys(("name", "fingerprint", "adapter"), Maybe(TEXT)),
+    **dict.fromkeys(("name", "converted_from", "fingerprint", "adapter"), Maybe(TEXT)),
     **dict.fromkeys(("trainable_params", "base_params"), Maybe(COUNT)),
     "trainable_share": Maybe(NUMBER),
 }
 ESTIMATE = {**dict.fromkeys(("median", "low", "high"), Maybe(NUMBER)), "values": [NUMBER]}
-EVALUATION = {"loss": Maybe(NUMBER), "tokens": COUNT, "seconds": NUMBER, "bits_per_byte": Maybe(NUMBER)}
+EVALUATION = {
+    "loss": Maybe(NUMBER),
+    "tokens": COUNT,
+    "seconds": NUMBER,
+    "bits_per_byte": Maybe(NUMBER),
+}
 COUNTERS = {
-    **dict.fromkeys(("step", "total_steps", "tokens", "targets", "squared_lengths", "epoch", "evals_without_gain"), COUNT),
+    **dict.fromkeys(
+        (
+            "step",
+            "total_steps",
+            "tokens",
+            "targets",
+            "squared_lengths",
+            "epoch",
+            "evals_without_gain",
+        ),
+        COUNT,
+    ),
     **dict.fromkeys(("train_s", "epoch_start_s"), NUMBER),
     **dict.fromkeys(("first_eval", "last_eval", "best_eval"), Maybe(EVALUATION)),
     **dict.fromkeys(("last_eval_step", "best_step"), Maybe(COUNT)),
@@ -120,24 +106,40 @@ COUNTERS = {
     "last_loss": Maybe(NUMBER),
     "reason": TEXT,
 }
+CHECKS = {
+    "seconds": NUMBER,
+    "files": [{"path": TEXT, "sha256": TEXT}],
+    "checks": [{"check": TEXT, "level": TEXT, "count": COUNT, "share": NUMBER}],
+}
 LOGPROB = {"token": TEXT, "logprob": Maybe(NUMBER, missing=False)}
-SCALER = {"scale": NUMBER, **dict.fromkeys(("grow_every", "good_steps", "overflows", "overflows_in_a_row"), COUNT)}
+SCALER = {
+    "scale": NUMBER,
+    **dict.fromkeys(("grow_every", "good_steps", "overflows", "overflows_in_a_row"), COUNT),
+}
 
 KINDS: dict[str, Kind] = {
     "run.json": Kind(
         {
-            "kind": one_of("train", "infer"),
+            "kind": one_of("train", "infer", "eval"),
             "status": TEXT,
             "command": [TEXT],
             "config": CONFIG,
             "environment": ENVIRONMENT,
-            **dict.fromkeys(("run_id", "error", "signal", "device", "dtype", "backend"), Maybe(TEXT)),
+            **dict.fromkeys(
+                ("run_id", "error", "signal", "device", "dtype", "backend"), Maybe(TEXT)
+            ),
             **dict.fromkeys(("started_at", "finished_at"), Maybe(MOMENT)),
             "resumed": Maybe([{"step": COUNT, "from": TEXT}]),
-            "threads": Maybe(POSITIVE),
+            **dict.fromkeys(("threads", "planned_steps"), Maybe(POSITIVE)),
+            "requests": Maybe({"total": COUNT, "earlier": COUNT, "begun_at": MOMENT}),
             "gpu": Maybe(GPU),
             "model": Maybe(MODEL),
-            "data": Maybe({part: Maybe({"*": Maybe(NUMBER)}) for part in ("train", "val")}),
+            "data": Maybe(
+                {
+                    **dict.fromkeys(("train", "val"), Maybe({"*": Maybe(NUMBER)})),
+                    "checks": Maybe(CHECKS),
+                }
+            ),
         },
         needs_version=True,
     ),
@@ -154,8 +156,15 @@ KINDS: dict[str, Kind] = {
         Variants(
             "event",
             {
-                "step": {"step": INT, **dict.fromkeys(("loss", "lr", "tokens_per_s"), NUMBER)},
-                "eval": {"step": INT, **dict.fromkeys(("eval_loss", "bits_per_byte"), Maybe(NUMBER))},
+                "step": {
+                    "step": INT,
+                    "tokens": Maybe(COUNT),
+                    **dict.fromkeys(("loss", "lr", "tokens_per_s"), NUMBER),
+                },
+                "eval": {
+                    "step": INT,
+                    **dict.fromkeys(("eval_loss", "bits_per_byte"), Maybe(NUMBER)),
+                },
             },
         )
     ),
@@ -164,8 +173,13 @@ KINDS: dict[str, Kind] = {
             "t_s": NUMBER,
             **dict.fromkeys(
                 (
-                    *("cpu_percent", "rss_bytes", "gpu_util_percent", "gpu_memory_bytes", "gpu_power_w"),
-                    *("read_bytes_per_s", "write_bytes_per_s"),
+                    "cpu_percent",
+                    "rss_bytes",
+                    "gpu_util_percent",
+                    "gpu_memory_bytes",
+                    "gpu_power_w",
+                    "read_bytes_per_s",
+                    "write_bytes_per_s",
                 ),
                 Maybe(NUMBER),
             ),
@@ -175,23 +189,117 @@ KINDS: dict[str, Kind] = {
         {
             **dict.fromkeys(("id", "prompt", "text"), TEXT),
             "key": DIGITS,
-            "index": _whole(0, 2.0**42),  # both fit into one number
-            "sample": _whole(0, 2.0**20),
+            "index": whole(0, 2.0**42),  # both fit into one number
+            "sample": whole(0, 2.0**20),
             **dict.fromkeys(("input_tokens", "output_tokens"), COUNT),
-            **dict.fromkeys(("finish_reason", "truncated", "error", "adapter"), Maybe(TEXT, missing=False)),
+            **dict.fromkeys(
+                ("finish_reason", "truncated", "error", "adapter"), Maybe(TEXT, missing=False)
+            ),
             **dict.fromkeys(("queue_ms", "ttft_ms", "e2el_ms"), Maybe(NUMBER, missing=False)),
             "chat": FLAG,
             "logprobs": Maybe([LOGPROB | {"top_logprobs": [LOGPROB]}], missing=False),
         }
     ),
+    "check.json": Kind(CHECKS | {"finished_at": MOMENT}, needs_version=True),
+    "findings.jsonl": Kind(
+        {
+            **dict.fromkeys(("check", "where"), TEXT),
+            **dict.fromkeys(("partner", "kind", "masked"), Maybe(TEXT)),
+            "figure": Maybe(NUMBER),
+        }
+    ),
+    "items.jsonl": Kind(
+        {
+            **dict.fromkeys(("task", "id", "group", "model"), TEXT),
+            "domain": Maybe(TEXT),
+            **dict.fromkeys(("content", "key"), DIGITS),
+            "tokens": COUNT,
+            "nll": Maybe(NUMBER),
+            "bytes": Maybe(POSITIVE),
+            "option_nll": Maybe([NUMBER]),
+            "option_sizes": Maybe([POSITIVE]),
+            "answer": Maybe(COUNT),
+            "chrf": Maybe(NUMBER),
+            **dict.fromkeys(("exact", "empty"), Maybe(FLAG)),
+            "finish_reason": Maybe(TEXT),
+        }
+    ),
+    "eval.json": Kind(
+        {
+            "tasks": [
+                {
+                    **dict.fromkeys(("task", "measure"), TEXT),
+                    "kind": one_of("documents", "choice", "generation"),
+                    **dict.fromkeys(("items", "clusters"), POSITIVE),
+                    "models": {"*": {"value": NUMBER}},
+                    **dict.fromkeys(("chance", "majority"), Maybe(NUMBER)),
+                    "domains": Maybe({"*": {"items": POSITIVE, "models": {"*": NUMBER}}}),
+                }
+            ],
+            "comparisons": [
+                {
+                    **dict.fromkeys(("task", "measure", "model", "against", "verdict"), TEXT),
+                    **dict.fromkeys(("items", "clusters"), POSITIVE),
+                    **dict.fromkeys(("improved", "worsened"), COUNT),
+                    **dict.fromkeys(("difference", "p", "adjusted_p"), NUMBER),
+                    **dict.fromkeys(("low", "high", "can_show"), Maybe(NUMBER)),
+                    "reason": Maybe(TEXT),
+                }
+            ],
+            "forgetting": Maybe(
+                [
+                    {
+                        "model": TEXT,
+                        "relative": NUMBER,
+                        **dict.fromkeys(("low", "high"), Maybe(NUMBER)),
+                        "reason": Maybe(TEXT),
+                        "forgets": FLAG,
+                    }
+                ]
+            ),
+            "warnings": [
+                {
+                    **dict.fromkeys(("kind", "text"), TEXT),
+                    **dict.fromkeys(("task", "model"), Maybe(TEXT)),
+                    **dict.fromkeys(("count", "items"), Maybe(COUNT)),
+                }
+            ],
+        },
+        needs_version=True,
+    ),
     "plan.json": Kind(
         {"prompts_sha256": TEXT, "adapters_sha256": {"*": TEXT}, "bounds": [COUNT], "config": FREE},
         needs_version=True,
     ),
-    "shard": Kind({"files": [TEXT], **dict.fromkeys(("quarantined", "work_keys"), Maybe([TEXT]))}),  # its DONE.json
-    "task": Kind({"trials": {"*": {"value": Maybe(NUMBER), "error": Maybe(TEXT), "run": TEXT}}}),  # its DONE.json, of a sweep
+    # its DONE.json
+    "shard": Kind({"files": [TEXT], **dict.fromkeys(("quarantined", "work_keys"), Maybe([TEXT]))}),
+    # its DONE.json, of a sweep
+    "task": Kind({"trials": {"*": {"value": Maybe(NUMBER), "error": Maybe(TEXT), "run": TEXT}}}),
     "sweep.json": Kind({"sweep": FREE, "trials": [FREE], "tasks": [[COUNT]]}, version=2),
-    "claim": Kind({"host": TEXT, "pid": PROCESS, **dict.fromkeys(("where", "job"), Maybe(TEXT)), "started": Maybe(COUNT)}),
+    "leaderboard.json": Kind(
+        {
+            "metric": TEXT,
+            "rows": [
+                {
+                    "point": FREE,
+                    "runs": COUNT,
+                    "folders": [TEXT],
+                    "errors": [TEXT],
+                    **dict.fromkeys(("mean", "half_width", "behind"), Maybe(NUMBER)),
+                    "behind_half_width": Maybe(NUMBER),
+                }
+            ],
+        },
+        version=2,
+    ),
+    "claim": Kind(
+        {
+            "host": TEXT,
+            "pid": PROCESS,
+            **dict.fromkeys(("where", "job"), Maybe(TEXT)),
+            "started": Maybe(COUNT),
+        }
+    ),
     "deaths.jsonl": Kind({"first": COUNT, "end": COUNT, "reason": TEXT, "work_key": Maybe(TEXT)}),
     "jobs.json": Kind({"jobs": {"*": TEXT}}),
     "bench": Kind(
@@ -202,7 +310,9 @@ KINDS: dict[str, Kind] = {
                 {
                     **dict.fromkeys(("batch_size", "threads"), Maybe(POSITIVE)),
                     "tokens_per_s": ESTIMATE,
-                    **dict.fromkeys(("weak_tokens_per_s", "batch_latency_ms", "step_ms"), Maybe(ESTIMATE)),
+                    **dict.fromkeys(
+                        ("weak_tokens_per_s", "batch_latency_ms", "step_ms"), Maybe(ESTIMATE)
+                    ),
                     "waited_share": Maybe(NUMBER),
                 }
             ],
@@ -218,72 +328,55 @@ KINDS: dict[str, Kind] = {
     "ceilings": Kind(  # of a machine, in its cache
         {
             **dict.fromkeys(
-                (*(f"{t}_{end}" for t in TYPES for end in ("flops_per_s", "cold_flops_per_s")), "read_bytes_per_s"), Maybe(NUMBER)
+                (
+                    *(f"{t}_{end}" for t in TYPES for end in ("flops_per_s", "cold_flops_per_s")),
+                    "read_bytes_per_s",
+                ),
+                Maybe(NUMBER),
             ),
             "measurements": Maybe({"*": NUMBER}),
             "waited_shares": Maybe({"*": Maybe(NUMBER)}),
         }
     ),
-    "COMPLETE": Kind({name: {"bytes": COUNT, "sha256": TEXT} for name in ("state.safetensors", "state.json")}),
+    "COMPLETE": Kind(
+        {name: {"bytes": COUNT, "sha256": TEXT} for name in ("state.safetensors", "state.json")}
+    ),
     "state.json": Kind(
         {
             "step": COUNT,
             "learner": {"counters": COUNTERS, "scaler": Maybe(SCALER)},
-            "identity": {"settings": FREE, "content": {"dtype": one_of("fp32", "bf16", "fp16")}, "circumstances": FREE},
+            "identity": {
+                "settings": FREE,
+                "content": {"dtype": one_of("fp32", "bf16", "fp16")},
+                "circumstances": FREE,
+            },
             "events_bytes": COUNT,
         },
         needs_version=True,
     ),
-    "lorabatch.json": Kind(dict.fromkeys(("base_name", "base_fingerprint", "adapter_sha256"), Maybe(TEXT))),
-    "MANIFEST.json": Kind({"name": TEXT, "revision": Maybe(TEXT), "files": {"*": {"bytes": COUNT, "sha256": TEXT}}}),
+    "lorabatch.json": Kind(
+        dict.fromkeys(("base_name", "base_fingerprint", "adapter_sha256"), Maybe(TEXT))
+    ),
+    "MANIFEST.json": Kind(
+        {"name": TEXT, "revision": Maybe(TEXT), "files": {"*": {"bytes": COUNT, "sha256": TEXT}}}
+    ),
 }
 
 
-def check(record: Mapping[str, Any], kind: str, where: object, *, fix: str) -> None:
-    """DataError that names the first field of a record that is not as its kind says; NewerRecord for a version to come."""
+def check(record: Fields, kind: str, where: object, *, fix: str) -> None:
+    """DataError that names the first field of a record that is not as its kind says; NewerRecord
+    for a version to come."""
     rule = KINDS[kind]
     version = record.get("schema_version")
     if type(version) is int and version > rule.version:
-        what = f"written by a newer lorabatch (version {version} of this record, {rule.version} is the newest known here)"
+        what = (
+            f"written by a newer lorabatch (version {version} of this record, {rule.version} is "
+            "the newest known here)"
+        )
         raise NewerRecord(what, where=where, fix="update lorabatch, or choose another folder")
     known = {"schema_version": POSITIVE if rule.needs_version else Maybe(POSITIVE)}
-    for wrong in (*_wrong(record, known, ""), *_wrong(record, rule.fields, "")):
-        raise DataError(wrong, where=where, fix=fix)
-
-
-def _wrong(value: Any, rule: Any, name: str) -> Iterable[str]:
-    """What does not fit, in words."""
-    if isinstance(rule, Maybe):
-        return () if value is None else _wrong(value, rule.of, name)
-    if isinstance(rule, Leaf):
-        return () if rule.test(value) else (f"'{name}' is {_shown(value)}, not {rule.words}",)
-    if isinstance(rule, list):
-        if not isinstance(value, list):
-            return (f"'{name}' is {_shown(value)}, not of type list",)
-        return (wrong for i, item in enumerate(value) for wrong in _wrong(item, rule[0], f"{name}[{i}]"))
-    if not isinstance(value, dict):
-        return (f"'{name}' is {_shown(value)}, not of type dict",)
-    if isinstance(rule, Variants):
-        variant = value.get(rule.by)
-        rule = {rule.by: TEXT, **(rule.fields.get(variant, {}) if isinstance(variant, str) else {})}
-    return _wrong_fields(value, rule, f"{name}." if name else "")
-
-
-def _wrong_fields(value: Mapping[str, Any], rules: Mapping[str, Any], prefix: str) -> Iterable[str]:
-    for name, rule in rules.items():
-        if name == "*":
-            for other in value:
-                if other not in rules:
-                    yield from _wrong(value[other], rule, f"{prefix}{other}")
-        elif name in value or (isinstance(rule, Maybe) and rule.missing):
-            yield from _wrong(value.get(name), rule, f"{prefix}{name}")
-        else:
-            yield f"'{prefix}{name}' is missing"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    for what in (*wrong(record, known, ""), *wrong(record, rule.fields, "")):
+        raise DataError(what, where=where, fix=fix)
 
 
 def _plain(value: object) -> object:
@@ -297,28 +390,50 @@ def _plain(value: object) -> object:
     return value
 
 
-def dumps(record: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """JSON that can be encoded: of a file name that is not UTF-8 Python makes half surrogate pairs, which are written as escapes."""
-    text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False, default=str, indent=indent)
+def dumps(record: Fields, *, indent: int | None = None) -> str:
+    """JSON that can be encoded: of a file name that is not UTF-8 Python makes half surrogate pairs,
+    which are written as escapes."""
+    text = json.dumps(
+        _plain(record), ensure_ascii=False, allow_nan=False, default=str, indent=indent
+    )
     return text.encode(errors="backslashreplace").decode()
 
 
-def sealed(record: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+def sealed(record: Fields, *, indent: int | None = None) -> bytes:
     """A record of ours as JSON with its checksum, without a line end."""
-    body = dumps({k: v for k, v in record.items() if k != CHECKSUM}, indent=indent)[:-1].rstrip().encode()
+    body = (
+        dumps({k: v for k, v in record.items() if k != CHECKSUM}, indent=indent)[:-1]
+        .rstrip()
+        .encode()
+    )
     gap, end = ("\n" + " " * indent, "\n") if indent else (" ", "")
     return body + f',{gap}"{CHECKSUM}": "{zlib.crc32(body):08x}"{end}}}'.encode()
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
-def parsed(content: bytes, kind: str | None, where: object, *, fix: str = RESTORE, what: str = "not readable as JSON") -> dict[str, Any]:
-    """A record from its bytes: whole, one JSON object, and as ``schema.KINDS[kind]`` has it (None: of others, unchecked). DataError."""
+def _iswhole(content: bytes) -> bool:
+    """Whether a record has the checksum that it was written with, if it has one."""
     seal = SEAL.search(content, max(0, len(content) - SEAL_BYTES))
-    if seal and zlib.crc32(content[: seal.start()]) != int(seal[1], 16):
-        raise DataError("damaged: it does not have the checksum it was written with", where=where, fix=fix)
+    return seal is None or zlib.crc32(content[: seal.start()]) == int(seal[1], 16)
+
+
+def parsed(
+    content: bytes,
+    kind: str | None,
+    where: object,
+    *,
+    fix: str = RESTORE,
+    what: str = "not readable as JSON",
+) -> Record:
+    """A record from its bytes: whole, one JSON object, and as ``schema.KINDS[kind]`` has it (None:
+    of others, unchecked). DataError."""
+    if not _iswhole(content):
+        raise DataError(
+            "damaged: it does not have the checksum it was written with", where=where, fix=fix
+        )
     try:
         record = json.loads(content.decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:

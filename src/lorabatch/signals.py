@@ -1,4 +1,5 @@
-"""Reasons to stop before the end: SIGTERM, SIGUSR1 and SIGINT as a flag that loops look at, and the end of the allotted time."""
+"""Reasons to stop before the end: SIGTERM, SIGUSR1 and SIGINT as a flag that loops look at, and the
+end of the allotted time."""
 
 from __future__ import annotations
 
@@ -7,20 +8,23 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 from lorabatch import slurm
 from lorabatch.errors import UsageError
 
+Handler = Callable[[int, FrameType | None], object] | int | None  # as signal.signal returns it
+
 
 class StopSignals:
-    """While entered, a first signal asks the work to stop after its step; a second SIGINT stops it at once."""
+    """While entered, a first signal asks the work to stop after its step; a second SIGINT stops it
+    at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._earlier: dict[int, Any] = {}
+        self._earlier: dict[int, Handler] = {}
 
     def __bool__(self) -> bool:
         return self.received is not None
@@ -42,7 +46,8 @@ class StopSignals:
 
 @dataclass(frozen=True)
 class Deadline:
-    """When the work must be over, in seconds of the wall clock (infinite: never), and who says so."""
+    """When the work must be over, in seconds of the wall clock (infinite: never), and who says
+    so."""
 
     at_s: float = float("inf")
     source: str = "nothing"
@@ -65,19 +70,24 @@ class Deadline:
 
 
 def _slurm_end_s() -> float | None:
-    """When this Slurm job ends: from its environment, or asked from squeue where that does not say."""
+    """When this Slurm job ends: from its environment, or asked from squeue where that does not
+    say."""
     told = os.environ.get("SLURM_JOB_END_TIME", "")
     if told.isdigit():
         return float(told)
-    if os.environ.get("SLURM_PROCID", "0") != "0":  # one question a job: all ranks stop when one does
+    # one question a job: all ranks stop when one does
+    if os.environ.get("SLURM_PROCID", "0") != "0":
         return None
     left_s = slurm.job_seconds_left()
     return None if left_s is None else time.time() + left_s
 
 
 def limit_seconds(text: str) -> float:
-    """``"90"`` (minutes) or ``"1:30:00"`` (hours:minutes:seconds) in seconds. UsageError for anything else."""
+    """``"90"`` (minutes) or ``"1:30:00"`` (hours:minutes:seconds) in seconds. UsageError for
+    anything else."""
     found = slurm.seconds(text) if re.fullmatch(r"[0-9]+(:[0-9]+:[0-9]+)?", text) else None
     if not found:
-        raise UsageError("not a time", where=f"--time_limit {text}", fix="give minutes (90) or h:mm:ss (1:30:00)")
+        raise UsageError(
+            "not a time", where=f"--time_limit {text}", fix="give minutes (90) or h:mm:ss (1:30:00)"
+        )
     return found

@@ -1,4 +1,5 @@
-"""Training on a real Slurm that is stopped by the time limit, spread over two nodes, or loses a rank."""
+"""Training on a real Slurm that is stopped by the time limit, spread over two nodes, or loses a
+rank."""
 
 import json
 import os
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
-# Half a second a step, however busy the machine is; job.sh clears PYTHONPATH, so the environment's Python is a script.
+# Half a second a step, however busy the machine is; job.sh clears PYTHONPATH, so the environment's
+# Python is a script.
 SLOW_STEPS = """
 import sys, time
 if "train" in sys.orig_argv:
@@ -32,7 +34,18 @@ def adapter(folder):
 
 def train_words(cluster, experiment, folder, *more):
     """The data is small: only --max_steps ends these runs."""
-    return ["train", "--config", experiment, "--save_dir", cluster.project / folder, "--resume", "auto", "--epochs", 1000, *more]
+    return [
+        "train",
+        "--config",
+        experiment,
+        "--save_dir",
+        cluster.project / folder,
+        "--resume",
+        "auto",
+        "--epochs",
+        1000,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +57,9 @@ def slow_environment(cluster, environment_with, tmp_path_factory):
 def timed_job(cluster, experiment, slow_environment):
     """Runs into its limit while the other tests of this file run."""
     words = train_words(cluster, experiment, "results/timed", "--max_steps", STEPS)
-    return cluster.submit("--time=1", "--signal=B:USR1@20", "scripts/job_cpu.slurm", *words, VENV=slow_environment)
+    return cluster.submit(
+        "--time=1", "--signal=B:USR1@20", "scripts/job_cpu.slurm", *words, VENV=slow_environment
+    )
 
 
 def test_two_ranks_on_two_nodes_train_what_one_process_trains(cluster, experiment, named_nodes):
@@ -54,7 +69,9 @@ def test_two_ranks_on_two_nodes_train_what_one_process_trains(cluster, experimen
     alone = cluster.lorabatch(*train_words(cluster, experiment, "results/one", "--max_steps", 6))
     assert alone.returncode == 0, alone.stderr
     one, two = (adapter(cluster.project / f"results/{name}") for name in ("one", "two"))
-    assert one.keys() == two.keys() and any(float(t.abs().max()) > 0 for name, t in one.items() if "lora_B" in name)
+    assert one.keys() == two.keys() and any(
+        float(t.abs().max()) > 0 for name, t in one.items() if "lora_B" in name
+    )
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
     assert "(2 tasks)" in cluster.logs(job)
@@ -68,32 +85,48 @@ def rank_process(job, rank):
             words = (path / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()} <= variables and b"train" in words and b"lorabatch" in words:
+        if (
+            {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()} <= variables
+            and b"train" in words
+            and b"lorabatch" in words
+        ):
             return int(path.name)
     return None
 
 
-def test_a_killed_rank_ends_the_job_within_a_minute(cluster, experiment, slow_environment, named_nodes):
+def test_a_killed_rank_ends_the_job_within_a_minute(
+    cluster, experiment, slow_environment, named_nodes
+):
     words = train_words(cluster, experiment, "results/killed", "--max_steps", 1000)
-    job = cluster.submit("--nodes=2", "--cpus-per-task=1", "scripts/job_cpu.slurm", *words, VENV=slow_environment)
+    job = cluster.submit(
+        "--nodes=2", "--cpus-per-task=1", "scripts/job_cpu.slurm", *words, VENV=slow_environment
+    )
     events = cluster.project / "results/killed/events.jsonl"
-    cluster.until(lambda: events.exists() and events.read_text().count('"step"') > 2, "the first steps")
+    cluster.until(
+        lambda: events.exists() and events.read_text().count('"step"') > 2, "the first steps"
+    )
     victim = rank_process(job, 1)
     assert victim is not None, cluster.logs(job)
     os.kill(victim, signal.SIGKILL)
     begin = time.monotonic()
-    rows = cluster.wait(job, timeout_s=150)  # the machine may be frozen meanwhile; Slurm's own clock is checked below
+    # the machine may be frozen meanwhile; Slurm's own clock is checked below
+    rows = cluster.wait(job, timeout_s=150)
     assert rows[0][1] == "FAILED" and rows[0][2] != "0:0", (rows, cluster.logs(job))
     assert time.monotonic() - begin < 60, cluster.logs(job)
 
 
-def test_the_time_limit_saves_requeues_and_ends_with_the_same_adapter(cluster, experiment, timed_job):
+def test_the_time_limit_saves_requeues_and_ends_with_the_same_adapter(
+    cluster, experiment, timed_job
+):
     events = cluster.project / "results/timed/events.jsonl"
 
     def steps():
         return events.read_text().count('"event": "step"') if events.exists() else 0
 
-    cluster.until(lambda: steps() and "is requeued" in cluster.logs(timed_job).rpartition("train begins")[2], "the requeue")
+    cluster.until(
+        lambda: steps() and "is requeued" in cluster.logs(timed_job).rpartition("train begins")[2],
+        "the requeue",
+    )
     assert "got SIGUSR1" in cluster.logs(timed_job) and steps() < STEPS, cluster.logs(timed_job)
     cluster.run("scontrol", "update", f"JobId={timed_job}", "TimeLimit=20")  # once is enough
     assert cluster.wait(timed_job) == [(timed_job, "COMPLETED", "0:0")], cluster.logs(timed_job)
@@ -102,7 +135,14 @@ def test_the_time_limit_saves_requeues_and_ends_with_the_same_adapter(cluster, e
     record = json.loads((cluster.project / "results/timed/run.json").read_text())
     assert record["environment"]["slurm"]["restart_count"] == str(len(states) - 1)
 
-    whole = cluster.lorabatch(*train_words(cluster, experiment, "results/whole", "--max_steps", STEPS))
+    whole = cluster.lorabatch(
+        *train_words(cluster, experiment, "results/whole", "--max_steps", STEPS)
+    )
     assert whole.returncode == 0, whole.stderr
-    one, two = adapter(cluster.project / "results/whole"), adapter(cluster.project / "results/timed")
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), "bitwise"
+    one, two = (
+        adapter(cluster.project / "results/whole"),
+        adapter(cluster.project / "results/timed"),
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), (
+        "bitwise"
+    )

@@ -1,1 +1,2 @@
-"""Jobs on a cluster: checks before them, submission, work shared between tasks. Never imports torch."""
+"""Jobs on a cluster: checks before them, submission, work shared between tasks. Never imports
+torch."""

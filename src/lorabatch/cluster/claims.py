@@ -1,11 +1,12 @@
 """Work shared between processes on many nodes through a folder, without file locks.
 
-File locks are silently missing on many Lustre, GPFS and NFS mounts; creating a file that must not exist
-yet is atomic on all of them. So a claim is a file ``claim-000`` with its owner in it. Its time stamp is the
-owner's heartbeat. When that stands still, another process takes over by creating ``claim-001``: exactly one
-thief succeeds, and nothing is ever removed or renamed. An owner that was only slow does no harm: each claim
-writes into a folder of its own. Only who can prove that the owner is gone (the same boot, the same namespace
-of process numbers) does not wait for the heartbeat to age: in another container the same number means nothing.
+File locks are silently missing on many Lustre, GPFS and NFS mounts; creating a file that must not
+exist yet is atomic on all of them. So a claim is a file ``claim-000`` with its owner in it. Its
+time stamp is the owner's heartbeat. When that stands still, another process takes over by creating
+``claim-001``: exactly one thief succeeds, and nothing is ever removed or renamed. An owner that was
+only slow does no harm: each claim writes into a folder of its own. Only who can prove that the
+owner is gone (the same boot, the same namespace of process numbers) does not wait for the heartbeat
+to age: in another container the same number means nothing.
 
     items/0007/claim-000   claim-001   DONE.json        taken over once, finished
 """
@@ -18,14 +19,13 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from lorabatch.errors import LorabatchError
 from lorabatch.records import read_json, utc_now, write_json, writing
-from lorabatch.schema import SCHEMA_VERSION, sealed
+from lorabatch.schema import SCHEMA_VERSION, Fields, Record, sealed
 
 HEARTBEATS_PER_TIMEOUT = 6
 DONE = "DONE.json"
@@ -33,7 +33,8 @@ RELEASED = "released"
 
 
 class Claim:
-    """Ownership of ``folder`` by this process. While entered, a thread keeps the heartbeat going."""
+    """Ownership of ``folder`` by this process. While entered, a thread keeps the heartbeat
+    going."""
 
     def __init__(self, folder: Path, generation: int, timeout_s: float) -> None:
         self.folder, self.generation = folder, generation
@@ -44,7 +45,8 @@ class Claim:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._interval_s):
-            with suppress(OSError):  # a file system that fails for a moment must not end the heartbeat for good
+            # a file system that fails for a moment must not end the heartbeat for good
+            with suppress(OSError):
                 os.utime(self.path)
 
     def __enter__(self) -> Claim:
@@ -55,7 +57,7 @@ class Claim:
         self._ended.set()
         self._thread.join()
 
-    def finish(self, record: dict[str, Any]) -> None:
+    def finish(self, record: Record) -> None:
         write_json(self.folder / DONE, {"schema_version": SCHEMA_VERSION, **record})
 
     @property
@@ -84,7 +86,8 @@ def is_done(folder: Path) -> bool:
 
 
 def try_claim(folder: Path, *, timeout_s: float) -> Claim | None:
-    """Claim an item that is neither done nor in living hands; None otherwise. UnavailableError where nothing can be written."""
+    """Claim an item that is neither done nor owned by a living process, else None. UnavailableError
+    where nothing can be written."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     newest = _latest(folder)
@@ -101,14 +104,20 @@ def try_claim(folder: Path, *, timeout_s: float) -> Claim | None:
     return Claim(folder, newest + 1, timeout_s)
 
 
-def _this_process() -> dict[str, Any]:
+def _this_process() -> Record:
     """Who owns a claim, with what another process needs to see that it is gone."""
-    known = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"), "claimed_at": utc_now()}
+    known = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "claimed_at": utc_now(),
+    }
     return known | {"where": _namespace(), "started": _start_time(os.getpid())}
 
 
 def _namespace() -> str | None:
-    """Where a process number of ours means the same process: this boot of this kernel and its namespace; None if it cannot be known."""
+    """Where a process number of ours means the same process: this boot of this kernel and its
+    namespace; None if it cannot be known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} pid:{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -117,17 +126,26 @@ def _namespace() -> str | None:
 
 
 def _start_time(pid: int) -> int | None:
-    """Clock ticks from boot to its start, which tell it from a later process of the same number; 0 if it has ended; None if not visible."""
+    """Clock ticks from boot to its start, which tell it from a later process of the same number; 0
+    if it has ended; None if not visible."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        state, *fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
         return 0 if state in "ZX" else int(fields[18])
     except (OSError, ValueError, IndexError):
         return None
 
 
-def _proven_dead(owner: Mapping[str, Any]) -> bool:
+def _proven_dead(owner: Fields) -> bool:
     """Whether the process of this claim is certainly gone. What cannot be seen from here is not."""
-    if owner.get("where") is None or (owner["host"], owner["where"]) != (socket.gethostname(), _namespace()):
+    if owner.get("where") is None or (owner["host"], owner["where"]) != (
+        socket.gethostname(),
+        _namespace(),
+    ):
         return False
     try:
         os.kill(int(owner["pid"]), 0)
@@ -165,10 +183,12 @@ def work_through(
 ) -> int:
     """Claim and do items until none is left; returns how many are not done.
 
-    ``work(index, claim)`` does one item and calls ``claim.finish``; if it raises, the item is free again at once. With ``wait``
-    we stay until the items of others are done too, and take over those that are abandoned; without, we leave when nothing is free.
+    ``work(index, claim)`` does one item and calls ``claim.finish``; if it raises, the item is free
+    again at once. With ``wait`` we stay until the items of others are done too, and take over those
+    that are abandoned; without, we leave when nothing is free.
     """
-    open_items = dict(enumerate(folders))  # what is done stays done and is not looked at again: there may be thousands
+    # what is done stays done and is not looked at again: there may be thousands
+    open_items = dict(enumerate(folders))
     while True:
         worked = False
         for index, folder in list(open_items.items()):
@@ -177,17 +197,21 @@ def work_through(
             claim = try_claim(folder, timeout_s=timeout_s)
             if claim is not None:
                 worked = True
-                with claim:
-                    try:
-                        work(index, claim)
-                    except BaseException:
-                        claim.release()
-                        raise
+                _do(work, index, claim)
         open_items = {index: folder for index, folder in open_items.items() if not is_done(folder)}
         if not open_items or stop_requested() or not (worked or wait):
             return len(open_items)
         if not worked:
             time.sleep(poll_s)
+
+
+def _do(work: Callable[[int, Claim], None], index: int, claim: Claim) -> None:
+    with claim:
+        try:
+            work(index, claim)
+        except BaseException:
+            claim.release()
+            raise
 
 
 def owners(folders: Sequence[Path]) -> list[str]:
@@ -198,7 +222,10 @@ def owners(folders: Sequence[Path]) -> list[str]:
         if newest >= 0 and not is_done(folder):
             try:
                 owner = read_json(folder / f"claim-{newest:03d}", "claim")
-                found.add(f"{owner['host']}:{owner['pid']}" + (f" (job {owner['job']})" if owner.get("job") else ""))
+                found.add(
+                    f"{owner['host']}:{owner['pid']}"
+                    + (f" (job {owner['job']})" if owner.get("job") else "")
+                )
             except LorabatchError:  # being written just now
                 continue
     return sorted(found)

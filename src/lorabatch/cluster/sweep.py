@@ -1,19 +1,23 @@
-"""``lorabatch sweep FILE``: a grid or random search over training settings, shared between processes.
+"""``lorabatch sweep FILE``: a grid or random search over training settings, shared between
+processes.
 
     method = "grid"                      # or "random", with samples = 20 and seed = 0
     metric = "eval_loss"                 # of metrics.json; smaller is better
     [train]                              # settings of every trial
     base_model = "smollm2-135m"
     [search]
-    lr = [1e-4, 3e-4]                    # values, or for random: {min = 1e-5, max = 1e-3, log = true}
+    lr = [1e-4, 3e-4]                    # values, or for random: {min = 1e-5, max = 1e-3, log =
+    true}
     lora_r = [8, 16]
     seed = [1, 2, 3]                     # repetitions: the leaderboard averages over them
 
-Trials that agree in base, type and device are put into tasks: ``--runs_per_task`` of them train over one base in one
-process (``lorabatch train --jobs``). Every process runs the same command: tasks are claimed as the shards of an inference
-are, a trial that was stopped goes on from its checkpoint, and whoever sees the last task done writes the leaderboard.
+Trials that agree in base, type and device are put into tasks: ``--runs_per_task`` of them train
+over one base in one process (``lorabatch train --jobs``). Every process runs the same command:
+tasks are claimed as the shards of an inference are, a trial that was stopped resumes from its
+checkpoint, and whoever sees the last task done writes the leaderboard.
 
-    sweep.json   tasks/0001/claim-000   tasks/0001/output-000/0003/adapter_model.safetensors   tasks/0001/DONE.json
+    sweep.json   tasks/0001/claim-000   tasks/0001/output-000/0003/adapter_model.safetensors
+    tasks/0001/DONE.json
 """
 
 from __future__ import annotations
@@ -24,76 +28,130 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lorabatch.cluster.child import Ended, run_child
 from lorabatch.cluster.claims import DONE, Claim, is_done, owners, work_through
+from lorabatch.cluster.leaderboard import as_markdown, leaderboard
 from lorabatch.config import SweepConfig, TrainConfig
-from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest, visible
-from lorabatch.measure.statistics import mean, standard_deviation, student_t
+from lorabatch.errors import DataError, InterruptedRun, UsageError, nearest
+from lorabatch.progress import counted
 from lorabatch.records import read_json, replacing, utc_now, write_json, writing
-from lorabatch.schema import is_number
-from lorabatch.settings import read_table, typed_values
+from lorabatch.rules import is_number
+from lorabatch.schema import Fields, Record
+from lorabatch.settings import known_keys, read_table, typed_values
 from lorabatch.signals import StopSignals
 from lorabatch.train.jobfile import SHARED
 
 MOST_TRIALS = 100_000
 ANEW = "remove it and run the same command again: trials that are complete are not trained again"
-DEFAULTS: dict[str, Any] = {"method": "grid", "samples": 10, "seed": 0, "metric": "eval_loss", "train": {}, "search": {}}
+DEFAULTS: Record = {
+    "method": "grid",
+    "samples": 10,
+    "seed": 0,
+    "metric": "eval_loss",
+    "train": {},
+    "search": {},
+}
 
 
-def run_sweep(file: str, config: SweepConfig) -> int:
-    """Returns 0 when the leaderboard stands, or, with ``--leave_early``, when nothing is left to claim.
+def run_sweep(config: SweepConfig, command: list[str]) -> int:
+    """Returns 0 when the leaderboard stands, or, with ``--leave_early``, when nothing is left to
+    claim.
 
-    Raises UsageError or DataError for the file, InterruptedRun after a signal, DataError if every trial failed.
+    Raises UsageError or DataError for the file, InterruptedRun after a signal, DataError if every
+    trial failed.
     """
-    sweep, trials, settings = planned_trials(Path(file), no_cuda=config.no_cuda)
-    folder = Path(config.output_dir or f"results/sweep-{Path(file).stem}")
-    tasks = _kept_tasks(folder, {"schema_version": 2, "sweep": sweep, "trials": trials}, grouped(settings, config.runs_per_task))
+    sweep, trials, settings = planned_trials(Path(config.file), no_cuda=config.no_cuda)
+    folder = Path(config.output_dir or f"results/sweep-{Path(config.file).stem}")
+    tasks = _kept_tasks(
+        folder,
+        {"schema_version": 2, "sweep": sweep, "trials": trials},
+        grouped(settings, config.runs_per_task),
+    )
     folders = [folder / "tasks" / f"{i:04d}" for i in range(len(tasks))]
     with StopSignals() as signals:
 
         def work(index: int, claim: Claim) -> None:
-            _Task(claim, {i: trials[i] for i in tasks[index]}, settings[tasks[index][0]], sweep["metric"], signals).complete()
-            numbers = ", ".join(map(str, tasks[index]))
-            print(f"task {index} (trials {numbers}) done; {sum(map(is_done, folders))} of {len(folders)}", flush=True)
+            numbers = tasks[index]
+            own = {trial: trials[trial] for trial in numbers}
+            _Task(claim, own, settings[numbers[0]], sweep["metric"], signals).complete()
+            done = f"{sum(map(is_done, folders))} of {len(folders)}"
+            print(f"task {index} (trials {', '.join(map(str, numbers))}) done; {done}", flush=True)
 
         left = work_through(
-            folders, work, timeout_s=config.claim_timeout_s, wait=not config.leave_early, stop_requested=lambda: bool(signals)
+            folders,
+            work,
+            timeout_s=config.claim_timeout_s,
+            wait=not config.leave_early,
+            stop_requested=lambda: bool(signals),
         )
         if left and signals:
-            raise InterruptedRun(f"stopped; {left} of {len(tasks)} tasks left", where=folder, fix="run the same command again")
+            raise InterruptedRun(
+                f"stopped; {left} of {len(tasks)} tasks left",
+                where=folder,
+                fix="run the same command again",
+            )
     if left:
-        print(f"nothing left to claim; {left} tasks with {', '.join(owners(folders)) or 'nobody'}")
+        holders = ", ".join(owners(folders)) or "nobody"
+        print(f"nothing left to claim; {counted(left, 'task')} held by {holders}")
         return 0
-    results = {trial: (f, result) for f in folders for trial, result in read_json(f / DONE, "task", fix=ANEW)["trials"].items()}
-    for task, f in zip(tasks, folders, strict=True):
-        if any(results.get(str(trial), (None,))[0] != f for trial in task):
-            raise DataError("does not name the trials of its task", where=f / DONE, fix=ANEW)
-    board = leaderboard(trials, [results[str(i)][1] for i in range(len(trials))], sweep["metric"])
-    write_json(folder / "leaderboard.json", board)
-    text = as_markdown(board)
-    with replacing(folder / "LEADERBOARD.md") as written:  # by every process that sees the last task done
-        written.write(text.encode())
-    print(text + f"\n{folder / 'LEADERBOARD.md'}")
+    results = _results(tasks, folders)
+    board = leaderboard(trials, [results[i] for i in range(len(trials))], sweep["metric"])
+    _write_board(folder, board)
     if not any(row["runs"] for row in board["rows"]):
         raise DataError("every trial failed", where=folder, fix=f"see {folder}/tasks/*/DONE.json")
     return 0
 
 
-def planned_trials(path: Path, *, no_cuda: bool) -> tuple[dict[str, Any], list[dict[str, Any]], list[TrainConfig]]:
-    """(the file, the values of each trial, its settings); every mistake in the file is raised here."""
+def _results(tasks: list[list[int]], folders: list[Path]) -> dict[int, Record]:
+    """Trial -> its result. DataError for a task whose record is of other trials."""
+    found = {
+        trial: (folder, result)
+        for folder in folders
+        for trial, result in read_json(folder / DONE, "task", fix=ANEW)["trials"].items()
+    }
+    for task, folder in zip(tasks, folders, strict=True):
+        if any(found.get(str(trial), (None,))[0] != folder for trial in task):
+            raise DataError("does not name the trials of its task", where=folder / DONE, fix=ANEW)
+    return {trial: found[str(trial)][1] for task in tasks for trial in task}
+
+
+def _write_board(folder: Path, board: Record) -> None:
+    """By every process that sees the last task done."""
+    write_json(folder / "leaderboard.json", board)
+    text = as_markdown(board)
+    with replacing(folder / "LEADERBOARD.md") as file:
+        file.write(text.encode())
+    print(text + f"\n{folder / 'LEADERBOARD.md'}")
+
+
+def planned_trials(path: Path, *, no_cuda: bool) -> tuple[Record, list[Record], list[TrainConfig]]:
+    """(the file, the values of each trial, its settings); every mistake in the file is raised
+    here."""
     sweep = read_sweep(path)
     trials = list(itertools.islice(expand(sweep), MOST_TRIALS + 1))
     if len(trials) > MOST_TRIALS:
-        raise UsageError(f"more than {MOST_TRIALS} trials", where=path, fix="give fewer values or samples")
+        raise UsageError(
+            f"more than {MOST_TRIALS} trials", where=path, fix="give fewer values or samples"
+        )
     if not trials:
-        raise UsageError("nothing to try", where=path, fix="give samples of at least 1, and lists with something in them")
+        raise UsageError(
+            "nothing to try",
+            where=path,
+            fix="give samples of at least 1, and lists with something in them",
+        )
     device = {"no_cuda": True} if no_cuda else {}
-    return sweep, trials, [TrainConfig(**typed_values(TrainConfig, sweep["train"] | values | device, path)) for values in trials]
+    return (
+        sweep,
+        trials,
+        [
+            TrainConfig(**typed_values(TrainConfig, sweep["train"] | values | device, path))
+            for values in trials
+        ],
+    )
 
 
-def read_sweep(path: Path) -> dict[str, Any]:
+def read_sweep(path: Path) -> Record:
     """The file with its defaults filled in. DataError or UsageError for what is wrong with it."""
     table = read_table(path)
     for key, value in table.items():
@@ -103,14 +161,20 @@ def read_sweep(path: Path) -> dict[str, Any]:
             kind = {str: "text", int: "a whole number", dict: "a table"}[type(DEFAULTS[key])]
             raise UsageError(f"'{key}' is {value!r}", where=path, fix=f"give {kind}")
     sweep = DEFAULTS | table
+    for name in ("train", "search"):
+        sweep[name] = known_keys(TrainConfig, sweep[name], path, f"in [{name}]")
     if sweep["method"] not in ("grid", "random"):
-        raise UsageError(f"unknown method '{sweep['method']}'", where=path, fix="give grid or random")
+        raise UsageError(
+            f"unknown method '{sweep['method']}'", where=path, fix="give grid or random"
+        )
     if not sweep["search"]:
-        raise UsageError("nothing to search", where=path, fix="add a table [search] with lists of values")
+        raise UsageError(
+            "nothing to search", where=path, fix="add a table [search] with lists of values"
+        )
     return sweep
 
 
-def expand(sweep: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def expand(sweep: Fields) -> Iterator[Record]:
     """The values of each trial. Random search repeats each sampled point for every listed seed."""
     search = dict(sweep["search"])
     for name, values in search.items():
@@ -129,7 +193,7 @@ def expand(sweep: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield point if seed is None else point | {"seed": seed}
 
 
-def _draw(name: str, space: Any, generator: random.Random) -> Any:
+def _draw(name: str, space: Record | list[object], generator: random.Random) -> object:
     try:
         if isinstance(space, list):
             return generator.choice(space)
@@ -138,22 +202,32 @@ def _draw(name: str, space: Any, generator: random.Random) -> Any:
             low, high = math.log(low), math.log(high)
         value = generator.uniform(low, high)
         value = math.exp(value) if space.get("log") else value
-        return round(value) if isinstance(space["min"], int) and isinstance(space["max"], int) else float(f"{value:.4g}")
+        return (
+            round(value)
+            if isinstance(space["min"], int) and isinstance(space["max"], int)
+            else float(f"{value:.4g}")
+        )
     except (TypeError, KeyError, ValueError, IndexError, OverflowError):
-        raise UsageError("not a range", where=f"[search] {name}", fix="give {min = A, max = B} or a list") from None
+        raise UsageError(
+            "not a range", where=f"[search] {name}", fix="give {min = A, max = B} or a list"
+        ) from None
 
 
 def grouped(settings: Sequence[TrainConfig], most: int) -> list[list[int]]:
-    """The trials of each task by number: at most ``most``, about as many in each, alike in what runs over one base share."""
+    """The trials of each task by number: at most ``most``, about as many in each, alike in what
+    runs over one base share."""
     alike: dict[str, list[int]] = {}
     for index, config in enumerate(settings):
         alike.setdefault(str([getattr(config, name) for name in SHARED]), []).append(index)
     counts = {key: math.ceil(len(same) / most) for key, same in alike.items()}
-    return [same[start :: counts[key]] for key, same in alike.items() for start in range(counts[key])]
+    return [
+        same[start :: counts[key]] for key, same in alike.items() for start in range(counts[key])
+    ]
 
 
-def _kept_tasks(folder: Path, plan: dict[str, Any], tasks: list[list[int]]) -> list[list[int]]:
-    """The tasks that the sweep began with: ``tasks`` if it begins now. UsageError if the folder holds another sweep."""
+def _kept_tasks(folder: Path, plan: Record, tasks: list[list[int]]) -> list[list[int]]:
+    """The tasks that the sweep began with: ``tasks`` if it begins now. UsageError if the folder
+    contains another sweep."""
     path = folder / "sweep.json"
     with writing(folder, fix="choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,17 +236,29 @@ def _kept_tasks(folder: Path, plan: dict[str, Any], tasks: list[list[int]]) -> l
     found = read_json(path)
     begun: list[list[int]] = found.pop("tasks")
     if found != plan:
-        raise UsageError("holds another sweep", where=path, fix="choose another --output_dir")
-    if sorted(trial for task in begun for trial in task) != list(range(len(plan["trials"]))) or not all(begun):
-        raise DataError("its tasks do not hold every trial once", where=path, fix="restore the file or choose another --output_dir")
+        raise UsageError("contains another sweep", where=path, fix="choose another --output_dir")
+    if sorted(trial for task in begun for trial in task) != list(
+        range(len(plan["trials"]))
+    ) or not all(begun):
+        raise DataError(
+            "its tasks do not hold every trial once",
+            where=path,
+            fix="restore the file or choose another --output_dir",
+        )
     return begun
 
 
 class _Task:
-    """Some trials, trained under one claim. ``trials``: number -> values; ``shared``: settings of one of them."""
+    """Some trials, trained under one claim. ``trials``: number -> values; ``shared``: settings of
+    one of them."""
 
     def __init__(
-        self, claim: Claim, trials: Mapping[int, Mapping[str, Any]], shared: TrainConfig, metric: str, signals: StopSignals
+        self,
+        claim: Claim,
+        trials: Mapping[int, Fields],
+        shared: TrainConfig,
+        metric: str,
+        signals: StopSignals,
     ) -> None:
         self._claim, self._trials, self._metric, self._signals = claim, trials, metric, signals
         claim.outputs.mkdir(exist_ok=True)
@@ -180,92 +266,70 @@ class _Task:
         self._settings.write_text(shared.to_toml(), encoding="utf-8")
 
     def complete(self) -> None:
-        """Train all in one process. One that does not complete there is tried once alone: it may only be the victim of another,
-        or of what killed the process."""
+        """Train all in one process. One that does not complete there is tried once alone: it may
+        only be the victim of another, or of what killed the process."""
         results = self._train(list(self._trials))
         again = len(results) > 1 or self._killed
         for trial, result in results.items():
             if result["value"] is None and again:
                 results |= self._train([trial])
-            print(f"trial {trial} {self._trials[trial]}: {results[trial]['error'] or results[trial]['value']}", flush=True)
+            print(
+                f"trial {trial} {self._trials[trial]}: "
+                f"{results[trial]['error'] or results[trial]['value']}",
+                flush=True,
+            )
         self._claim.finish({"trials": results, "at": utc_now()})
 
-    def _train(self, trials: list[int]) -> dict[int, dict[str, Any]]:
+    def _train(self, trials: list[int]) -> dict[int, Record]:
         outputs = self._claim.outputs
         jobs = outputs / "jobs.jsonl"
-        jobs.write_text("".join(json.dumps(self._job(trial)) + "\n" for trial in trials), encoding="utf-8")
-        words: list[str | Path] = ["train", "--config", self._settings, "--jobs", jobs, "--save_dir", outputs, "--resume", "auto"]
-        ended = run_child(words, outputs / "log.txt", self._signals)
+        jobs.write_text(
+            "".join(json.dumps(self._job(trial)) + "\n" for trial in trials), encoding="utf-8"
+        )
+        arguments: list[str | Path] = [
+            "train",
+            "--config",
+            self._settings,
+            "--jobs",
+            jobs,
+            "--save_dir",
+            outputs,
+            "--resume",
+            "auto",
+        ]
+        ended = run_child(arguments, outputs / "log.txt", self._signals)
         ended.raise_mistake()
         self._killed = ended.code < 0
         return {trial: self._result(outputs / f"{trial:04d}", ended) for trial in trials}
 
-    def _job(self, trial: int) -> dict[str, Any]:
-        """Its line of the jobs file; what an abandoned claim saved of it is where it goes on."""
+    def _job(self, trial: int) -> Record:
+        """Its line of the jobs file; it resumes from what an abandoned claim saved of it."""
         claim, name = self._claim, f"{trial:04d}"
         values = {k: v for k, v in self._trials[trial].items() if k not in SHARED}
-        earlier = [p for g in range(claim.generation) if any((p := claim.folder / f"output-{g:03d}" / name).glob("checkpoints/*"))]
-        return {"name": name, **values, **({"resume": str(earlier[-1])} if earlier and not (claim.outputs / name).exists() else {})}
+        earlier = [
+            p
+            for g in range(claim.generation)
+            if any((p := claim.folder / f"output-{g:03d}" / name).glob("checkpoints/*"))
+        ]
+        return {
+            "name": name,
+            **values,
+            **(
+                {"resume": str(earlier[-1])}
+                if earlier and not (claim.outputs / name).exists()
+                else {}
+            ),
+        }
 
-    def _result(self, run: Path, ended: Ended) -> dict[str, Any]:
+    def _result(self, run: Path, ended: Ended) -> Record:
         record = read_json(run / "run.json") if (run / "run.json").exists() else {}
         value, error = None, record.get("error") or ended.reason
         if record.get("status") == "completed":
             value = read_json(run / "metrics.json").get(self._metric)
             value = value if is_number(value) else None
-            error = None if value is not None else f"{self._metric} is no number in metrics.json"
-        return {"value": value, "error": error, "run": str(run.relative_to(self._claim.folder.parents[1]))}
-
-
-def leaderboard(trials: Sequence[Mapping[str, Any]], done: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """One row per point, best first. Intervals are over seeds of training, on the same validation documents: what another seed may change.
-
-    ``half_width``: of the row's own mean; ``behind`` and ``behind_half_width``: its distance to the first row, seed by seed, which have
-    initialisation and order of the documents in common. Student's t, 95 %; None below two seeds. (A bootstrap over validation
-    documents would give a single seed an interval, and leave out of it what matters most here: the seed's luck.)
-    """
-    groups: dict[str, dict[str, Any]] = {}
-    for index, (values, record) in enumerate(zip(trials, done, strict=True)):
-        point = {k: v for k, v in values.items() if k != "seed"}
-        row = groups.setdefault(str(point), {"point": point, "values": {}, "trials": [], "folders": [], "errors": []})
-        row["trials"].append(index)
-        if record["value"] is None:
-            row["errors"].append(record["error"])
-        else:
-            row["values"][str(values.get("seed"))] = record["value"]
-            row["folders"].append(record["run"])
-    rows = []
-    for row in groups.values():
-        average, half = _interval(list(row["values"].values()))
-        rows.append(row | {"mean": average, "half_width": half, "runs": len(row["values"])})
-    rows.sort(key=lambda r: (r["mean"] is None, r["mean"]))
-    for row in rows[1:]:
-        first = rows[0]["values"]
-        row["behind"], row["behind_half_width"] = _interval([value - first[seed] for seed, value in row["values"].items() if seed in first])
-    return {"schema_version": 2, "metric": metric, "interval": "95 % Student t over seeds of training", "rows": rows}
-
-
-def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean, and half the width of its 95 % interval; None for what so few values do not have."""
-    spread = standard_deviation(values)
-    return mean(values), None if spread is None else student_t(len(values) - 1) * spread / math.sqrt(len(values))
-
-
-def as_markdown(board: Mapping[str, Any]) -> str:
-    """The leaderboard as a table; a row that may be as good as the first one is marked."""
-    rows = board["rows"]
-    names = list(rows[0]["point"]) if rows else []
-    lines = [f"| rank | {' | '.join(names)} | {board['metric']} | ± | behind the first | seeds | |", "|---" * (len(names) + 6) + "|"]
-    for rank, row in enumerate(rows, start=1):
-        value = "failed" if row["mean"] is None else f"{row['mean']:.4f}"
-        half = "not measured" if row["half_width"] is None else f"{row['half_width']:.4f}"
-        behind, reach = row.get("behind"), row.get("behind_half_width")
-        distance = "" if behind is None else f"{behind:.4f}" + ("" if reach is None else f" ± {reach:.4f}")
-        alike = behind is not None and reach is not None and behind <= reach
-        note = row["errors"][0] if row["errors"] else "not told apart from the first" if alike else ""
-        cells = [rank, *(row["point"][name] for name in names), value, half, distance, row["runs"], note]
-        lines.append("| " + " | ".join(visible(str(cell)).replace("|", "/").replace("\n", " ") for cell in cells) + " |")
-    several = any(row["half_width"] is not None for row in rows)
-    lines.append("\n± " + (f"is half of the {board['interval']}." if several else "needs two seeds or more: [search] seed = [1, 2, 3]."))
-    lines += [f"Adapters of the first row, beside this file: {', '.join(rows[0]['folders'])}"] if rows and rows[0]["folders"] else []
-    return "\n".join(lines) + "\n"
+            error = None if value is not None else f"{self._metric} is not a number in metrics.json"
+        return {
+            "value": value,
+            "error": error,
+            "run": str(run.relative_to(self._claim.folder.parents[1])),
+        }

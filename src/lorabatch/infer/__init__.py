@@ -1,1 +1,2 @@
-"""Continuous batching: requests, the scheduler that decides, the runner that computes, the sink that records."""
+"""Continuous batching: requests, the scheduler that decides, the runner that computes, the sink
+that records."""

@@ -1,8 +1,9 @@
-"""Which tokens of which requests the next step reads. Plain Python over lengths and slots; it touches no tensor.
+"""Which tokens of which requests the next step reads. Plain Python over lengths and slots; it
+touches no tensor.
 
 The rule: in every step each request past its prompt reads its newest token, and prompts are read
 along, oldest slot first, until ``prefill_tokens`` of them are in the step; a longer prompt is cut
-and goes on in the next one. So nobody who generates waits for somebody else's prompt, the weights
+and continues in the next one. So nobody who generates waits for somebody else's prompt, the weights
 are read once for both, and a step is never larger than prompt budget + one token per slot.
 Requests join and leave between steps: the batch stays full until the queue is dry.
 
@@ -24,12 +25,16 @@ from itertools import islice
 from lorabatch.infer.requests import Request
 
 MIN_SHARED = 16  # tokens; for fewer a copy costs more than it saves
-SORT_KEYS: dict[str, Callable[[Request], int]] = {"longest": lambda r: -r.num_positions, "adapter": lambda r: r.adapter_row}
-LOOKAHEAD = {"longest": 1024, "adapter": 16384}  # requests that are sorted at once; a block is finished before the next is looked at
+SORT_KEYS: dict[str, Callable[[Request], int]] = {
+    "longest": lambda r: -r.num_positions,
+    "adapter": lambda r: r.adapter_row,
+}
+# requests that are sorted at once; a block is finished before the next is looked at
+LOOKAHEAD = {"longest": 1024, "adapter": 16384}
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Tokens ``start:stop`` of a request's prompt and completion, read in this step."""
 
     request: Request
@@ -50,7 +55,8 @@ class Piece:
 class Copy:
     """The first ``length`` positions of slot ``source`` are to be in slot ``target`` too.
 
-    ``clear``: the source is free now, and what it holds was never looked at, because its prompt is still being read.
+    ``clear``: the source is free now, and what it holds was never looked at, because its prompt is
+    still being read.
     """
 
     source: int
@@ -63,26 +69,43 @@ class Copy:
 class Batch:
     """One forward pass; the copies, in order, come before it."""
 
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
     copies: tuple[Copy, ...]
     admitted: tuple[Request, ...]  # have a slot since this step
 
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(chunk.stop - chunk.start for chunk in self.chunks if chunk.is_prompt)
+
 
 class Scheduler:
-    """``requests`` may be endless: only as many as there are slots (LOOKAHEAD if they are sorted) are taken ahead.
+    """``requests`` may be endless: only as many as there are slots (LOOKAHEAD if they are sorted)
+    are taken ahead.
 
     ``order``: "longest" first, or one "adapter" after the other, so that a step reads few of them.
 
-    ``static``: admit only when nothing runs, and whole prompts (for models whose cache cannot take newcomers).
+    ``static``: admit only when nothing runs, and whole prompts (for models whose cache cannot take
+    newcomers).
     """
 
     def __init__(
-        self, requests: Iterable[Request], *, max_running: int, prefill_tokens: int, static: bool = False, order: str = "arrival"
+        self,
+        requests: Iterable[Request],
+        *,
+        max_running: int,
+        prefill_tokens: int,
+        static: bool = False,
+        order: str = "arrival",
     ) -> None:
         self._source = iter(requests)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # index = slot
-        self._max_running, self._prefill_tokens, self._static, self._order = max_running, prefill_tokens, static, order
+        self._max_running, self._prefill_tokens, self._static, self._order = (
+            max_running,
+            prefill_tokens,
+            static,
+            order,
+        )
         self._refill()
 
     @property
@@ -93,16 +116,16 @@ class Scheduler:
         """The requests' ``cached`` counts what their slots hold once the step is done."""
         num_before = len(self.running)
         copies = self._admit()
-        pieces, budget = [], self._prefill_tokens
+        chunks, budget = [], self._prefill_tokens
         for request in self.running:
             start, stop = request.cached, request.num_tokens
             if start < len(request.token_ids) and not self._static:
                 stop = min(stop, start + budget)
                 budget -= stop - start
             if stop > start:
-                pieces.append(Piece(request, start, stop))
+                chunks.append(Chunk(request, start, stop))
                 request.cached = stop
-        return Batch(tuple(pieces), tuple(copies), tuple(self.running[num_before:]))
+        return Batch(tuple(chunks), tuple(copies), tuple(self.running[num_before:]))
 
     def _admit(self) -> list[Copy]:
         """Fill free slots while the prompts that are being read leave some of the step's budget."""
@@ -111,9 +134,15 @@ class Scheduler:
             return copies
         unread = sum(max(0, len(r.token_ids) - r.cached) for r in self.running)
         passed = []
-        while self.waiting and len(self.running) < self._max_running and (self._static or unread < self._prefill_tokens):
+        while (
+            self.waiting
+            and len(self.running) < self._max_running
+            and (self._static or unread < self._prefill_tokens)
+        ):
             request = self.waiting.popleft()
-            donor, request.cached, soon = (None, 0, 0) if self._static else self._shared_prefix(request)
+            donor, request.cached, soon = (
+                (None, 0, 0) if self._static else self._shared_prefix(request)
+            )
             if soon - request.cached >= MIN_SHARED:
                 passed.append(request)
             else:
@@ -127,11 +156,16 @@ class Scheduler:
         return copies
 
     def _shared_prefix(self, request: Request) -> tuple[Request | None, int, int]:
-        """(running request with the longest cached common beginning, its length now, its length once all have read)."""
+        """(running request with the longest cached common beginning, its length now, its length
+        once all have read)."""
         donor, now, soon = None, 0, 0
-        own, most = request.token_ids, len(request.token_ids) - 1  # the last token is read in any case: its result is wanted
+        # the last token is read in any case: its result is wanted
+        own, most = request.token_ids, len(request.token_ids) - 1
         for other in self.running:
-            if other.adapter == request.adapter and other.token_ids[:MIN_SHARED] == own[:MIN_SHARED]:
+            if (
+                other.adapter == request.adapter
+                and other.token_ids[:MIN_SHARED] == own[:MIN_SHARED]
+            ):
                 common = min(common_length(own, other.token_ids), most)
                 soon = max(soon, common)
                 if min(common, other.cached) > max(now, MIN_SHARED - 1):
@@ -140,17 +174,29 @@ class Scheduler:
 
     def _refill(self, passed: int = 0) -> None:
         if self._order == "arrival":
-            self.waiting.extend(islice(self._source, self._max_running - len(self.waiting) - passed))
+            self.waiting.extend(
+                islice(self._source, self._max_running - len(self.waiting) - passed)
+            )
         elif not self.waiting and not passed:
-            self.waiting.extend(sorted(islice(self._source, LOOKAHEAD[self._order]), key=SORT_KEYS[self._order]))
+            self.waiting.extend(
+                sorted(islice(self._source, LOOKAHEAD[self._order]), key=SORT_KEYS[self._order])
+            )
 
     def release(self, finished: Iterable[Request]) -> list[Copy]:
-        """Free the slots of finished requests; returns the copies that the cache must follow, in order."""
+        """Free the slots of finished requests; returns the copies that the cache must follow, in
+        order."""
         copies = []
         for request in sorted(finished, key=lambda r: -r.slot):
             last = self.running.pop()
             if last is not request:
-                copies.append(Copy(last.slot, request.slot, last.cached, clear=last.cached < len(last.token_ids)))
+                copies.append(
+                    Copy(
+                        last.slot,
+                        request.slot,
+                        last.cached,
+                        clear=last.cached < len(last.token_ids),
+                    )
+                )
                 last.slot = request.slot
                 self.running[request.slot] = last
             request.slot = -1
@@ -159,4 +205,6 @@ class Scheduler:
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

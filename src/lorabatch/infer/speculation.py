@@ -1,7 +1,9 @@
-"""Guesses at the next tokens from the sequence itself: what followed its last two tokens the time before.
+"""Guesses at the next tokens from the sequence itself: what followed its last two tokens the time
+before.
 
 Source: prompt lookup decoding (Saxena, 2023), after "Inference with reference" (arXiv 2304.04487).
-The model reads the guess in one step and keeps what it would have said anyway, so results are the same.
+The model reads the guess in one step and keeps what it would have said anyway, so results are the
+same.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ class Lookup:
         self._seen = 1  # pairs that end before this place are entered
 
     def guess(self, prompt: Sequence[int], output: Sequence[int], count: int) -> list[int]:
-        """At most ``count`` tokens that may follow; empty if the newest pair is new. The work is that of the new tokens only."""
+        """At most ``count`` tokens that may follow; empty if the newest pair is new. The work is
+        that of the new tokens only."""
         total, split = len(prompt) + len(output), len(prompt)
 
         def at(place: int) -> int:

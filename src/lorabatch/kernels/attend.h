@@ -1,4 +1,4 @@
-// Attention of single rows over their slot of the KV cache, in pages of 64 positions.
+// Attention of single rows over their slot of the KV cache, in pages of PAGE = 64 positions.
 //
 // A page of keys is stored as [dwords of D][64 positions] of words that hold 1 fp32 or 2 bf16 values of one position, a page of values
 // as [64 positions / values per word][D] of words that hold the same feature of 1 or 2 positions: both products then read the
@@ -7,8 +7,6 @@
 #pragma once
 #include <algorithm>
 #include "gemm.h"
-
-constexpr int PAGE = 64;
 
 // Queries that share a pass over the keys: a tile of rows, or what fits the registers beside four vectors of keys.
 template <class T>
@@ -30,16 +28,10 @@ static void store_position(const Cache<T>& c, int64_t slot, int64_t h, int64_t p
     auto* keys = (int32_t*)(c.keys + c.head(slot, h) + pos / PAGE * PAGE * D) + pos % PAGE;
     for (int64_t i = 0; i < D / P; i++) std::memcpy(keys + i * PAGE, k + i * P, 4);
     auto* values = (int32_t*)(c.values + c.head(slot, h) + pos / P * P * D);
-    const int shift = 16 * (pos % P);
-    for (int64_t d = 0; d < D; d += 16) {
-        if (P == 1) {
-            _mm512_storeu_ps((float*)values + d, _mm512_loadu_ps((const float*)v + d));
-        } else {
-            const __m512i keep = _mm512_and_si512(_mm512_loadu_si512(values + d), _mm512_set1_epi32(0xffff0000u >> shift));
-            const __m512i add = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(v + d)));
-            _mm512_storeu_si512(values + d, _mm512_or_si512(keep, shift ? _mm512_slli_epi32(add, 16) : add));
-        }
-    }
+    // Two positions share a word, and their tokens may be two threads'.
+    for (int64_t d = 0; d < D; d += LANES)
+        if constexpr (P == 1) put(values + d, get<Floats>(v + d));
+        else put_halves(values + d, v + d, pos % P);
 }
 
 // `queries` query vectors (heads that share a key head, of one or more consecutive tokens) of one slot; with vectors there are just R.
@@ -56,49 +48,46 @@ static void attend(const Cache<T>& c, int64_t slot, int64_t h, int queries, cons
     for (int r = 1; r < queries; r++) begin = std::min(begin, first[r]), end = std::max(end, last[r]);
     begin = begin / PAGE * PAGE, end = (end / WHOLE + 1) * WHOLE;  // what lies beyond a row's last position weighs zero
 
-    alignas(64) Value rows[R * 512];
+    alignas(64) Value rows[R * MAX_HEAD_DIM];
     for (int r = 0; r < queries; r++) std::memcpy(rows + r * D, q[r], D * sizeof(Value));
     const Value *keys = c.keys + c.head(slot, h), *values = c.values + c.head(slot, h);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512 top[R];
-    for (int r = 0; r < queries; r++) top[r] = _mm512_set1_ps(-INFINITY);
+    Floats top[R];
+    for (int r = 0; r < queries; r++) top[r] = all(-INFINITY);
     for (int64_t page = begin; page < end; page += PAGE)
-        with_vectors(std::min<int64_t>(end - page, PAGE) / 16, [&](auto count) {
+        with_vectors(std::min<int64_t>(end - page, PAGE), [&](auto count) {
             constexpr int V = decltype(count)::value;
-            __m512 sum[R][V];
-            multiply<T>(rows, words, keys + page * D, PAGE, words, sum, (const char*)(values + page * D), V, queries);  // values of this page, wanted soon
+            Floats sum[R][V];
+            multiply<T, R>(rows, words, keys + page * D, PAGE, words, sum, (const char*)(values + page * D), V / SIXTEEN, queries);  // values of this page, wanted soon
             for (int r = 0; r < queries; r++)
                 for (int v = 0; v < V; v++) {
-                    const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32((int)(page + v * 16)));
-                    const __mmask16 seen = _mm512_cmple_epi32_mask(at, _mm512_set1_epi32((int)last[r])) &
-                                           _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32((int)first[r]));
-                    const __m512 s = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, sum[r][v], _mm512_set1_ps(scale));
-                    top[r] = _mm512_max_ps(top[r], s);
-                    _mm512_storeu_ps(scores + r * c.capacity + page + v * 16, s);
+                    const Ints at = lanes_from(page + v * LANES), seen = (at <= (int)last[r]) & (at >= (int)first[r]);
+                    const Floats s = chosen(seen, sum[r][v] * scale, all(-INFINITY));
+                    top[r] = max(top[r], s);
+                    put(scores + r * c.capacity + page + v * LANES, s);
                 }
         });
 
     float share[R];
     for (int r = 0; r < queries; r++) {  // softmax; the weights replace the scores, in the cache's type
-        const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(top[r]));
+        const float most = most_of(top[r]);
         float* row = scores + r * c.capacity;
         Value* weights = (Value*)row;
-        __m512 total = _mm512_setzero_ps();
-        for (int64_t i = begin; i < end; i += 16) {
-            const __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(row + i), most));
-            total = _mm512_add_ps(total, e);
+        Floats total{};
+        for (int64_t i = begin; i < end; i += LANES) {
+            const Floats e = exp(get<Floats>(row + i) - most);
+            total += e;
             T::store(weights + i, e);  // never ahead of what is still to be read: a value is at most as wide as a score
         }
-        share[r] = 1.0f / _mm512_reduce_add_ps(total);
+        share[r] = 1.0f / sum_of(total);
     }
 
     const void* weights = (const Value*)scores + begin;  // [queries][capacity words]
     for (int64_t d = 0; d < D; d += 64)
-        with_vectors(std::min<int64_t>(D - d, 64) / 16, [&](auto count) {
+        with_vectors(std::min<int64_t>(D - d, 64), [&](auto count) {
             constexpr int V = decltype(count)::value;
-            __m512 sum[R][V];
-            multiply<T>(weights, c.capacity, (const int32_t*)(values + begin * D) + d, D, (end - begin) / P, sum, (const char*)ahead, V == 4 ? 4 : 0, queries);
+            Floats sum[R][V];
+            multiply<T, R>(weights, c.capacity, (const int32_t*)(values + begin * D) + d, D, (end - begin) / P, sum, (const char*)ahead, V * LANES == 64 ? 4 : 0, queries);
             for (int r = 0; r < queries; r++)
-                for (int v = 0; v < V; v++) T::store(out[r] + d + v * 16, _mm512_mul_ps(sum[r][v], _mm512_set1_ps(share[r])));
+                for (int v = 0; v < V; v++) T::store(out[r] + d + v * LANES, sum[r][v] * share[r]);
         });
 }

@@ -1,4 +1,5 @@
-"""What training needs of a base model, whoever computes it: the native decoder (``native.py``) or transformers and peft (``hf.py``)."""
+"""What training needs of a base model, whoever computes it: the native decoder (``native.py``) or
+transformers and peft (``hf.py``)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lorabatch.corpus.tokens import Targets
 from lorabatch.model.lora import AdapterSet
 from lorabatch.model.lora_settings import LoraSettings
 from lorabatch.model.loss import LossTerms
@@ -54,13 +56,20 @@ class Backend(Protocol):
         """Take the adapters of ``attach`` off again."""
 
     def slower_paths(self) -> list[str]:
-        """What torch's operators do in a training pass although there are kernels for it, and why."""
+        """What torch's operators do in a training pass although there are kernels for it, and
+        why."""
 
     def train(self, mode: bool = True) -> None:
         """Whether adapters' dropout and the terms of training's loss apply."""
 
-    def loss_sum(self, token_ids: Sequence[Tensor], first_targets: Sequence[int]) -> Tensor:
+    def loss_sum(self, token_ids: Sequence[Tensor], targets: Sequence[Targets]) -> Tensor:
         """Sum of negative log-likelihoods (nats) of the supervised tokens of some documents.
 
-        token_ids: one [L] tensor a document; first_targets: where its supervision begins (>= 1).
+        token_ids: one [L] tensor a document; targets: which of its tokens are supervised.
+        """
+
+    def token_nll(self, token_ids: Sequence[Tensor], targets: Sequence[Targets]) -> list[Tensor]:
+        """Negative log-likelihood (nats, fp32) of every supervised token, one [n] tensor a
+        document. Without gradient, and without what training adds to its loss. Arguments: those of
+        ``loss_sum``.
         """

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lorabatch.kernels.api import constants
 from lorabatch.model.attention import Attention, PackedAttention
 from lorabatch.model.functional import rms_norm, rotate, swiglu
 from lorabatch.model.linear import Before, FrozenLinear
@@ -32,7 +33,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
-            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps).to(self.weight.dtype)
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -59,7 +61,8 @@ class Layer(nn.Module):
         self.norm1, self.qkv, self.out = norm1, qkv, out
         self.norm2, self.up, self.down = norm2, up, down
         self.q_norm, self.k_norm = q_norm, k_norm
-        self.checkpointing = "selective"  # what backward computes again: nothing, norms and activations, or the whole layer
+        # what backward computes again: nothing, norms and activations, or the whole layer
+        self.checkpointing = "selective"
 
     @property
     def attention_why_not(self) -> str | None:
@@ -68,11 +71,20 @@ class Layer(nn.Module):
             return "queries and keys are normalised"
         if self.window is not None:
             return "the model has attention windows"
-        return f"heads have {self.spec.head_dim} features, not a multiple of 64" if self.spec.head_dim % 64 else None
+        head_dim, tile = self.spec.head_dim, constants().TILE
+        return (
+            f"heads have {head_dim} features, not a multiple of {tile}" if head_dim % tile else None
+        )
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention
+    ) -> Tensor:
         if self.checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(self._run, x, rope, attention, use_reentrant=False)
+            # what dropout drew must come again; without it there is no random state to look at
+            drawn = any(layer.dropout for layer in (self.qkv, self.out, self.up, self.down))
+            return checkpoint(
+                self._run, x, rope, attention, use_reentrant=False, preserve_rng_state=drawn
+            )
         return self._run(x, rope, attention)
 
     def _run(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
@@ -82,7 +94,9 @@ class Layer(nn.Module):
     def _after(self, before: Before, linear: FrozenLinear, x: Tensor) -> Tensor:
         return linear(before(x)) if self.checkpointing == "none" else linear(x, before)
 
-    def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
+    def _attend(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: Attention
+    ) -> Tensor:
         spec = self.spec
         qkv = self._after(self.norm1, self.qkv, x)
         if isinstance(attention, PackedAttention) and self.attention_why_not is None:
@@ -105,7 +119,14 @@ class Layer(nn.Module):
 
 class Decoder(nn.Module):
     def __init__(
-        self, spec: ModelSpec, *, embedding: Tensor, positions: Tensor | None, layers: list[Layer], norm: Norm, head: FrozenLinear
+        self,
+        spec: ModelSpec,
+        *,
+        embedding: Tensor,
+        positions: Tensor | None,
+        layers: list[Layer],
+        norm: Norm,
+        head: FrozenLinear,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -113,7 +134,11 @@ class Decoder(nn.Module):
         self.position_embedding = positions  # [max_positions, H], GPT-2 only
         self.layers = nn.ModuleList(layers)
         self.norm, self.head = norm, head
-        self._inv_freq = torch.tensor(spec.rope_inv_freq, dtype=torch.float32, device=embedding.device) if spec.rope_inv_freq else None
+        self._inv_freq = (
+            torch.tensor(spec.rope_inv_freq, dtype=torch.float32, device=embedding.device)
+            if spec.rope_inv_freq
+            else None
+        )
 
     @property
     def device(self) -> torch.device:
@@ -124,26 +149,31 @@ class Decoder(nn.Module):
         return self.embedding.dtype
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """token_ids [T], positions [T] (place of each token in its own sequence) -> [T, H], normalised."""
+        """token_ids [T], positions [T] (place of each token in its own sequence) -> [T, H],
+        normalised."""
         x = self.embedding[token_ids]
         rope = None
         if self.position_embedding is not None:
             x = x + self.position_embedding[positions]
         else:
             rope = self._rope(positions)
+        if self.dtype == torch.float16:  # sums of many layers may pass its 65,504
+            x = x.float()
         for layer in self.layers:
             x = layer(x, rope, attention)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, H] -> [n, V] in the model's own type."""
-        return self.head(hidden)
+        """[n, H] -> [n, V] in the model's own type; on GPUs in fp32."""
+        return self.head.project_wide(hidden)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, 1, D / 2]: angles in fp32, result in the model's type."""
         assert self._inv_freq is not None  # models without learned positions have it
         angles = positions.to(torch.float32)[:, None, None] * self._inv_freq
-        return (angles.cos() * self.spec.rope_scale).to(self.dtype), (angles.sin() * self.spec.rope_scale).to(self.dtype)
+        return (angles.cos() * self.spec.rope_scale).to(self.dtype), (
+            angles.sin() * self.spec.rope_scale
+        ).to(self.dtype)
 
     def linears(self) -> Iterator[FrozenLinear]:
         """The linear layers of all transformer layers, bottom to top, without the head."""

@@ -1,4 +1,5 @@
-"""The loss head: cross-entropy of hidden states against a frozen head, without a full logits tensor.
+"""The loss head: cross-entropy of hidden states against a frozen head, without a full logits
+tensor.
 
 Only supervised rows reach it; they are handled in chunks; the gradient of the hidden states is
 computed in the forward pass, while a chunk's probabilities are in cache; the head gets no weight
@@ -10,21 +11,24 @@ Shapes: n supervised rows, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorabatch.model.fused import passes_for
+from lorabatch.kernels.train_ops import train_ops
+from lorabatch.model.functional import Context
 from lorabatch.model.linear import FrozenLinear
 
-CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 32 MiB in bf16; half and twice as many cost the same (docs/LOG.md)
+# logits alive at once: 32 MiB in bf16; half and twice as many cost the same (docs/LOG.md)
+CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What training adds to the negative log-likelihood of each token, lse being the log-sum-exp of its logits.
+    """What training adds to the negative log-likelihood of each token, lse being the log-sum-exp of
+    its logits.
 
     ``(1 - smoothing) * nll + smoothing * mean over V of -log p + z * lse**2``.
     Sources: label smoothing, arXiv 1512.00567; z-loss, arXiv 2204.02311.
@@ -34,7 +38,9 @@ class LossTerms:
     z: float = 0.0
 
 
-def cross_entropy_sum(hidden: Tensor, head: FrozenLinear, targets: Tensor, terms: LossTerms = LossTerms()) -> Tensor:
+def cross_entropy_sum(
+    hidden: Tensor, head: FrozenLinear, targets: Tensor, terms: LossTerms = LossTerms()
+) -> Tensor:
     """Sum over rows of the loss in nats, fp32 scalar. hidden [n, H], targets [n]."""
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _HeadLoss.apply(hidden, head, targets, terms)
@@ -43,46 +49,80 @@ def cross_entropy_sum(hidden: Tensor, head: FrozenLinear, targets: Tensor, terms
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: FrozenLinear, targets: Tensor, terms: LossTerms) -> Tensor:
+    def forward(
+        ctx: Context, hidden: Tensor, head: FrozenLinear, targets: Tensor, terms: LossTerms
+    ) -> Tensor:
         grad = torch.empty_like(hidden)
         loss = _chunked(hidden.detach(), head, targets, terms, grad)
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Context, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grad_loss.to(grad.dtype), None, None, None
 
 
-def _chunked(hidden: Tensor, head: FrozenLinear, targets: Tensor, terms: LossTerms, grad: Tensor | None) -> Tensor:
-    """The loss; with ``grad`` [n, H] also fills in d loss / d hidden."""
+def token_losses(hidden: Tensor, head: FrozenLinear, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each row in nats, fp32 [n]. hidden [n, H], targets [n]."""
+    each = [
+        row_losses(head.project(hidden[rows]), targets[rows]) for rows in _chunks(len(hidden), head)
+    ]
+    return torch.cat(each) if each else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def row_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of targets [n] by their logits [n, V] in nats, fp32 [n]."""
+    return _rows(logits, targets, LossTerms(), with_grad=False)[0].flatten()
+
+
+def _chunks(count: int, head: FrozenLinear) -> Iterator[slice]:
     rows = max(16, CHUNK_ELEMENTS // head.out_features)
+    return (slice(start, start + rows) for start in range(0, count, rows))
+
+
+def _chunked(
+    hidden: Tensor, head: FrozenLinear, targets: Tensor, terms: LossTerms, grad: Tensor | None
+) -> Tensor:
+    """The loss; with ``grad`` [n, H] also fills in d loss / d hidden."""
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for start in range(0, hidden.shape[0], rows):
-        chunk, target = hidden[start : start + rows], targets[start : start + rows]
-        logits = head.product.forward(chunk, head.bias)  # [rows, V]
-        passes = passes_for(logits)
-        if passes is not None:
-            loss += passes.loss_rows(logits, target, replace=grad is not None, smoothing=terms.smoothing, z=terms.z).sum()
-            logits_grad = logits
-        else:
-            each, logits_grad = _plain_rows(logits, target[:, None], terms, with_grad=grad is not None)
-            loss += each.sum()
+    for rows in _chunks(len(hidden), head):
+        logits = head.project(hidden[rows])  # [rows, V]
+        each, logits_grad = _rows(logits, targets[rows], terms, with_grad=grad is not None)
+        loss += each.sum()
         if grad is not None:
-            grad[start : start + rows] = head.product.input_grad(logits_grad.to(hidden.dtype))
+            grad[rows] = head.input_grad(logits_grad.to(hidden.dtype))
     return loss
 
 
-def _plain_rows(logits: Tensor, target: Tensor, terms: LossTerms, *, with_grad: bool) -> tuple[Tensor, Tensor]:
+def _rows(
+    logits: Tensor, targets: Tensor, terms: LossTerms, *, with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """(loss of each row in fp32, its gradient by the logits [n, V] if wanted), by the fastest
+    means."""
+    ops = train_ops(logits)
+    if ops is None:
+        return _plain_rows(logits, targets[:, None], terms, with_grad=with_grad)
+    each = ops.loss_rows(logits, targets, replace=with_grad, smoothing=terms.smoothing, z=terms.z)
+    return each, logits
+
+
+def _plain_rows(
+    logits: Tensor, target: Tensor, terms: LossTerms, *, with_grad: bool
+) -> tuple[Tensor, Tensor]:
     """(loss of each row [n, 1] in fp32, its gradient by the logits [n, V] if wanted)."""
     log_sum = logits.float().logsumexp(dim=-1, keepdim=True)
-    loss = log_sum - (1 - terms.smoothing) * logits.gather(1, target).float() + terms.z * log_sum.square()
+    loss = (
+        log_sum
+        - (1 - terms.smoothing) * logits.gather(1, target).float()
+        + terms.z * log_sum.square()
+    )
     if terms.smoothing:
         loss -= terms.smoothing * logits.float().mean(dim=-1, keepdim=True)
     if not with_grad:
         return loss, logits
-    # Softmax in the logits' own type: fp32 inside the kernel, half the traffic outside. fp16 would lose small values.
+    # Softmax in the logits' own type: fp32 inside the kernel, half the traffic outside. fp16 would
+    # lose small values.
     grad = logits.softmax(dim=-1, dtype=torch.float32 if logits.dtype == torch.float16 else None)
     if terms.z:
         grad.mul_((1 + 2 * terms.z * log_sum).to(grad.dtype))

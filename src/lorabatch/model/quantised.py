@@ -1,7 +1,9 @@
-"""A frozen base in 4 or 8 bits (QLoRA, arXiv 2305.14314): other ``Product`` classes, made by bitsandbytes.
+"""A frozen base in 4 or 8 bits (QLoRA, arXiv 2305.14314): other ``Product`` classes, made by
+bitsandbytes.
 
-Weights are stored quantised and rebuilt in the activations' type for each product, one layer at a time; adapters,
-embedding, norms and head are not quantised. Parity with peft on bitsandbytes is a test.
+Weights are stored quantised and rebuilt in the activations' type for each product, one layer at a
+time; adapters, embedding, norms and head are not quantised. Parity with peft on bitsandbytes is a
+test.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,11 +19,13 @@ from torch.nn import functional as F
 
 from lorabatch.errors import UnavailableError
 
-NF4_BLOCK = 64  # weights that share a scale, as in the paper; the scales are quantised again (double quantisation)
+# weights that share a scale, as in the paper; the scales are quantised again (double quantisation)
+NF4_BLOCK = 64
 
 
 class _Rebuilt:
-    """A product whose dense weight [O, I] exists only while it is used. Parts are quantised one by one, as if not fused."""
+    """A product whose dense weight [O, I] exists only while it is used. Parts are quantised one by
+    one, as if not fused."""
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
@@ -39,24 +43,34 @@ class Nf4(_Rebuilt):
     def __init__(self, weight: Tensor, rows: list[int]) -> None:
         self._functional = import_bitsandbytes().functional
         self._parts = [
-            self._functional.quantize_4bit(part.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
+            self._functional.quantize_4bit(
+                part.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+            )
             for part in weight.split(rows)
         ]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        parts = [self._functional.dequantize_4bit(packed, state).to(dtype) for packed, state in self._parts]
+        parts = [
+            self._functional.dequantize_4bit(packed, state).to(dtype)
+            for packed, state in self._parts
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @property
     def num_bytes(self) -> int:
-        tensors = [t for packed, state in self._parts for t in (packed, state.absmax, state.offset, state.state2.absmax)]
+        tensors = [
+            t
+            for packed, state in self._parts
+            for t in (packed, state.absmax, state.offset, state.state2.absmax)
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class Int8(_Rebuilt):
     """8-bit integers with one fp32 scale a row, as LLM.int8() stores weights (arXiv 2208.07339).
 
-    Activations stay as they are: nothing is lost to their outliers, and nothing gained from integer products.
+    Activations stay as they are: nothing is lost to their outliers, and nothing gained from integer
+    products.
     """
 
     def __init__(self, weight: Tensor, rows: list[int]) -> None:
@@ -72,7 +86,7 @@ class Int8(_Rebuilt):
         return self._integers.numel() + self._scales.numel() * 4
 
 
-def import_bitsandbytes() -> Any:
+def import_bitsandbytes() -> ModuleType:
     """The package. UnavailableError with the command that installs it."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -80,6 +94,8 @@ def import_bitsandbytes() -> Any:
             import bitsandbytes
     except (ImportError, OSError, RuntimeError):
         raise UnavailableError(
-            "the package bitsandbytes is not here", where="--load_in_4bit, --load_in_8bit", fix="run: pip install bitsandbytes"
+            "the package bitsandbytes is not here",
+            where="--load_in_4bit, --load_in_8bit",
+            fix="run: pip install bitsandbytes",
         ) from None
     return bitsandbytes

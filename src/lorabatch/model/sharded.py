@@ -1,7 +1,8 @@
-"""A base model that no single rank holds: each keeps its share of every layer's weight and borrows the rest for a moment.
+"""A base model that no single rank holds: each keeps its share of every layer's weight and borrows
+the rest for a moment.
 
-The fully sharded scheme of ZeRO-3 (arXiv 1910.02054) for weights that never change: gather, multiply, forget.
-All ranks must therefore run the same number of passes (``Ranks.even``).
+The fully sharded scheme of ZeRO-3 (arXiv 1910.02054) for weights that never change: gather,
+multiply, forget. All ranks must therefore run the same number of passes (``Ranks.even``).
 """
 
 from __future__ import annotations

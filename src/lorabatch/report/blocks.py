@@ -1,4 +1,5 @@
-"""What a report is made of, before it is HTML or Markdown. Texts are plain: each renderer escapes them."""
+"""What a report is made of, before it is HTML or Markdown. Texts are plain: each renderer escapes
+them."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class KeyFigures:
 
 @dataclass(frozen=True)
 class Plot:
-    """``svg`` has stand-in colours (``figures.themed`` puts real ones in); ``name`` is its file name."""
+    """``svg`` has stand-in colours (``figures.themed`` puts real ones in); ``name`` is its file
+    name."""
 
     name: str
     svg: str
@@ -99,4 +101,9 @@ class Document:
 
     @property
     def plots(self) -> list[Plot]:
-        return [block for section in self.sections for block in section.blocks if isinstance(block, Plot)]
+        return [
+            block
+            for section in self.sections
+            for block in section.blocks
+            if isinstance(block, Plot)
+        ]

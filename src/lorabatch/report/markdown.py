@@ -1,10 +1,23 @@
-"""A report as Markdown (GitHub's kind). Texts of runs cannot become markup: every special character is escaped."""
+"""A report as Markdown (GitHub's kind). Texts of runs cannot become markup: every special character
+is escaped."""
 
 from __future__ import annotations
 
 import re
 
-from lorabatch.report.blocks import Block, Bullets, Cell, Code, Document, Examples, KeyFigures, Mono, Paragraph, Plot, Table
+from lorabatch.report.blocks import (
+    Block,
+    Bullets,
+    Cell,
+    Code,
+    Document,
+    Examples,
+    KeyFigures,
+    Mono,
+    Paragraph,
+    Plot,
+    Table,
+)
 
 
 def markdown(document: Document) -> str:
@@ -24,7 +37,8 @@ def escaped(text: str) -> str:
 
 
 def code_span(text: str) -> str:
-    """The fence is longer than any run of backticks inside; a pipe is escaped for tables, as GitHub reads it."""
+    """The fence is longer than any run of backticks inside; a pipe is escaped for tables, as GitHub
+    reads it."""
     fence = "`" * (_longest_backticks(text) + 1)
     room = " " if "`" in text else ""
     return f"{fence}{room}{' '.join(text.split()) or ' '}{room}{fence}".replace("|", r"\|")
@@ -51,14 +65,28 @@ def _block(block: Block) -> str:
     if isinstance(block, Plot):
         return f"![{escaped(block.alt)}](fig/{block.name}.svg)\n\n*{escaped(block.caption)}*"
     if isinstance(block, KeyFigures):
-        return "\n".join(f"- {escaped(f.name)}: **{escaped(f.value)}**" + (f"; {escaped(f.note)}" if f.note else "") for f in block.figures)
+        return "\n".join(
+            f"- {escaped(f.name)}: **{escaped(f.value)}**"
+            + (f"; {escaped(f.note)}" if f.note else "")
+            for f in block.figures
+        )
     if isinstance(block, Examples):
         heads = ["id", block.prompt_head, *(head for head, _ in block.items[0].answers)]
-        return _table(Table(heads, [[Mono(e.name), e.prompt, *(text for _, text in e.answers)] for e in block.items], numeric=False))
+        return _table(
+            Table(
+                heads,
+                [[Mono(e.name), e.prompt, *(text for _, text in e.answers)] for e in block.items],
+                numeric=False,
+            )
+        )
     return _table(block)
 
 
 def _table(table: Table) -> str:
     rule = [" --- "] + [" ---: " if table.numeric else " --- "] * (len(table.head) - 1)
-    lines = [[f" {escaped(head)} " for head in table.head], rule, *([f" {_cell(cell)} " for cell in row] for row in table.rows)]
+    lines = [
+        [f" {escaped(head)} " for head in table.head],
+        rule,
+        *([f" {_cell(cell)} " for cell in row] for row in table.rows),
+    ]
     return "\n".join("|" + "|".join(line) + "|" for line in lines)

@@ -19,20 +19,28 @@ class Pairing:
 
 
 def pair(base: InferRun, tuned: InferRun) -> list[tuple[Completion, Completion]]:
-    """Completions with equal id *and* equal prompt, errors left out, in input order of ``tuned``."""
+    """Completions with equal id *and* equal prompt, errors left out, in input order of
+    ``tuned``."""
     before = {(c.id, c.prompt): c for c in base.completions if c.error is None}
-    return [(before[c.id, c.prompt], c) for c in tuned.completions if c.error is None and (c.id, c.prompt) in before]
+    return [
+        (before[c.id, c.prompt], c)
+        for c in tuned.completions
+        if c.error is None and (c.id, c.prompt) in before
+    ]
 
 
 def pairings(runs: Sequence[InferRun]) -> list[Pairing]:
-    """For each adapter the two runs that share most prompts on the same base; the first of equals."""
+    """For each adapter the two runs that share most prompts on the same base; the first of
+    equals."""
     best: dict[str, Pairing] = {}
     for tuned in runs:
         for base in runs:
             if tuned.adapter is None or base.adapter is not None or not _same_base(base, tuned):
                 continue
             candidate = Pairing(base, tuned, pair(base, tuned))
-            if candidate.pairs and (tuned.adapter not in best or len(candidate.pairs) > len(best[tuned.adapter].pairs)):
+            if candidate.pairs and (
+                tuned.adapter not in best or len(candidate.pairs) > len(best[tuned.adapter].pairs)
+            ):
                 best[tuned.adapter] = candidate
     return list(best.values())
 
@@ -46,6 +54,7 @@ def _same_base(one: InferRun, other: InferRun) -> bool:
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most ``most`` items, evenly over the whole sequence: ``spread("abcdef", 3) == ["a", "c", "e"]``."""
+    """At most ``most`` items, evenly over the whole sequence: ``spread("abcdef", 3) == ["a", "c",
+    "e"]``."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]

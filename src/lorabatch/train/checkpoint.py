@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any instant cannot spoil, and the rules for going on from one.
+"""Checkpoints that a kill at any instant cannot spoil, and the rules for resuming from one.
 
 A checkpoint is a folder ``checkpoints/step-00000120``: ``state.safetensors`` (adapters, optimiser
 moments, best adapter), ``state.json`` (counters, identity, versions) and ``COMPLETE`` with size and
@@ -19,13 +19,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lorabatch.errors import DataError, UnavailableError, UsageError
 from lorabatch.records import read_json
-from lorabatch.schema import SCHEMA_VERSION, NewerRecord, dumps, parsed
+from lorabatch.schema import SCHEMA_VERSION, Fields, NewerRecord, Record, dumps, parsed
+from lorabatch.spans import spanned
 
 TENSORS_FILE, STATE_FILE, COMPLETE_FILE = "state.safetensors", "state.json", "COMPLETE"
 
@@ -33,7 +33,7 @@ TENSORS_FILE, STATE_FILE, COMPLETE_FILE = "state.safetensors", "state.json", "CO
 @dataclass(frozen=True)
 class Checkpoint:
     path: Path
-    state: dict[str, Any]  # the record of state.json
+    state: Record  # the record of state.json
     tensors: dict[str, Tensor]
 
     @property
@@ -51,42 +51,54 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write(folder: Path, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor], *, keep: int) -> Saved:
-    """Save, then delete all but the ``keep`` newest. UnavailableError if the disk refuses; older checkpoints stay as they are."""
+@spanned("save")
+def write(
+    folder: Path, step: int, state: Fields, tensors: Mapping[str, Tensor], *, keep: int
+) -> Saved:
+    """Save, then delete all but the ``keep`` newest. UnavailableError if the disk refuses; older
+    checkpoints stay as they are."""
     from safetensors.torch import save
 
     start = time.perf_counter()
-    target = folder / folder_name(step)
-    temporary = folder / f".{target.name}.tmp"
     files = {
         TENSORS_FILE: save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}),
         STATE_FILE: dumps({"schema_version": SCHEMA_VERSION, "step": step, **state}).encode(),
     }
-    files[COMPLETE_FILE] = dumps({name: {"bytes": len(b), "sha256": _sha256(b)} for name, b in files.items()}).encode()
+    files[COMPLETE_FILE] = dumps(
+        {name: {"bytes": len(b), "sha256": _sha256(b)} for name, b in files.items()}
+    ).encode()
+    temporary = folder / f".{folder_name(step)}.tmp"
     try:
-        folder.mkdir(exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        for name, content in files.items():
-            with (temporary / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        _fsync_folder(temporary)
-        _remove(target)  # saved at this step before: by an earlier attempt, or before its evaluation
-        temporary.rename(target)
-        _fsync_folder(folder)
+        _write_folder(temporary, folder / folder_name(step), files)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         older = [p.name for p in listed(folder)]
+        fix = "free some space"
+        if older:
+            fix += f" and run again with --resume auto; {older[-1]} is intact"
         raise UnavailableError(
-            f"cannot save step {step} ({error.strerror})",
-            where=folder,
-            fix=f"free some space and run again with --resume auto; {older[-1]} is intact" if older else "free some space",
+            f"cannot save step {step} ({error.strerror})", where=folder, fix=fix
         ) from None
     for old in listed(folder)[:-keep]:
         _remove(old)
     return Saved(sum(map(len, files.values())), time.perf_counter() - start)
+
+
+def _write_folder(temporary: Path, target: Path, files: Mapping[str, bytes]) -> None:
+    """All files on the disk under a hidden name, then the rename."""
+    target.parent.mkdir(exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, content in files.items():
+        with (temporary / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    _fsync_folder(temporary)
+    # saved at this step before: by an earlier attempt, or before its evaluation
+    _remove(target)
+    temporary.rename(target)
+    _fsync_folder(target.parent)
 
 
 def listed(folder: Path) -> list[Path]:
@@ -95,7 +107,8 @@ def listed(folder: Path) -> list[Path]:
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of a future that is being replaced, and what a killed save left behind."""
+    """Remove the checkpoints of a future that is being replaced, and what a killed save left
+    behind."""
     for path in listed(folder):
         if path.name > folder_name(step):
             _remove(path)
@@ -104,42 +117,57 @@ def discard_after(folder: Path, step: int) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint whose files have the sizes and SHA-256 of its COMPLETE mark; DataError otherwise."""
+    """Read a checkpoint whose files have the sizes and SHA-256 of its COMPLETE mark, else
+    DataError."""
     fix = "use an older checkpoint"
     if not (path / COMPLETE_FILE).exists():
         raise DataError(f"not a complete checkpoint (no {COMPLETE_FILE})", where=path, fix=fix)
     content = {}
     for name, expected in read_json(path / COMPLETE_FILE, fix=fix).items():
         if name not in (TENSORS_FILE, STATE_FILE):
-            raise DataError("does not name the files of a checkpoint", where=path / COMPLETE_FILE, fix=fix)
-        try:
-            content[name] = (path / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror})", where=path / name, fix=fix) from None
-        if len(content[name]) != expected["bytes"]:
-            raise DataError(f"has {len(content[name])} of {expected['bytes']} bytes", where=path / name, fix=fix)
-        if _sha256(content[name]) != expected["sha256"]:
-            raise DataError("does not have the SHA-256 it was written with", where=path / name, fix=fix)
+            raise DataError(
+                "does not name the files of a checkpoint", where=path / COMPLETE_FILE, fix=fix
+            )
+        content[name] = _content(path / name, expected, fix)
     state = parsed(content[STATE_FILE], STATE_FILE, path / STATE_FILE, fix=fix)
     return Checkpoint(path, state, _tensors(content[TENSORS_FILE], path / TENSORS_FILE, fix))
 
 
+def _content(path: Path, expected: Fields, fix: str) -> bytes:
+    """expected: its size and SHA-256."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=path, fix=fix) from None
+    if len(content) != expected["bytes"]:
+        raise DataError(f"has {len(content)} of {expected['bytes']} bytes", where=path, fix=fix)
+    if _sha256(content) != expected["sha256"]:
+        raise DataError("does not have the SHA-256 it was written with", where=path, fix=fix)
+    return content
+
+
 def _tensors(content: bytes, where: Path, fix: str) -> dict[str, Tensor]:
-    """Those of ``Learner.tensors``; DataError if they are not of one run."""
+    """Those of ``Trainable.tensors``; DataError if they are not of one run."""
     from safetensors.torch import load as parse
 
     try:
         found: dict[str, Tensor] = parse(content)
     except Exception as error:  # it raises its own classes
-        raise DataError(f"not a readable safetensors file ({error})", where=where, fix=fix) from None
+        raise DataError(
+            f"not a readable safetensors file ({error})", where=where, fix=fix
+        ) from None
     like = [name for name in found if name not in ("step_ms", "adam.step")]
-    if not {"adapters", "step_ms"} <= found.keys() or len({found[name].shape for name in like}) != 1:
+    if (
+        not {"adapters", "step_ms"} <= found.keys()
+        or len({found[name].shape for name in like}) != 1
+    ):
         raise DataError("does not hold the tensors of one checkpoint", where=where, fix=fix)
     return found
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest usable checkpoint; unusable ones are named on stderr. None if there is none; DataError if none is usable."""
+    """The newest usable checkpoint; unusable ones are named on stderr. None if there is none;
+    DataError if none is usable."""
     found = listed(folder)
     for path in reversed(found):
         try:
@@ -149,12 +177,17 @@ def newest(folder: Path) -> Checkpoint | None:
         except DataError as error:
             print(f"warning: skipped a damaged checkpoint: {error}", file=sys.stderr)
     if found:
-        raise DataError(f"none of {len(found)} checkpoints is usable", where=folder, fix="start again with --overwrite")
+        raise DataError(
+            f"none of {len(found)} checkpoints is usable",
+            where=folder,
+            fix="restart with --overwrite",
+        )
     return None
 
 
 def find(resume: str, save_dir: Path) -> Checkpoint | None:
-    """What ``--resume`` means: auto (newest in --save_dir, None if there is none yet), a checkpoint, or a run folder."""
+    """What ``--resume`` means: auto (newest in --save_dir, None if there is none yet), a
+    checkpoint, or a run folder."""
     if resume == "auto":
         return newest(save_dir / "checkpoints")
     path = Path(resume)
@@ -162,18 +195,27 @@ def find(resume: str, save_dir: Path) -> Checkpoint | None:
         return load(path)
     checkpoint = newest(path / "checkpoints")
     if checkpoint is None:
-        raise UsageError("no checkpoint there", where=f"--resume {resume}", fix="give auto, a run folder or one of its checkpoints")
+        raise UsageError(
+            "contains no checkpoint",
+            where=f"--resume {resume}",
+            fix="give auto, a run folder or one of its checkpoints",
+        )
     return checkpoint
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``["lr 0.0002 -> 0.001"]``: entries that differ between two flat records; long values are shortened."""
+def differences(saved: Fields, now: Fields) -> list[str]:
+    """``["lr 0.0002 -> 0.001"]``: entries that differ between two flat records; long values are
+    shortened."""
 
-    def shown(record: Mapping[str, Any], name: str) -> str:
+    def shown(record: Fields, name: str) -> str:
         text = str(record.get(name, "not recorded"))
         return text if len(text) <= 24 else f"{text[:12]}…"
 
-    return [f"{k} {shown(saved, k)} -> {shown(now, k)}" for k in sorted({*saved, *now}) if saved.get(k) != now.get(k)]
+    return [
+        f"{k} {shown(saved, k)} -> {shown(now, k)}"
+        for k in sorted({*saved, *now})
+        if saved.get(k) != now.get(k)
+    ]
 
 
 def _sha256(content: bytes) -> str:
@@ -189,6 +231,7 @@ def _fsync_folder(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; its mark goes first, so that a half-deleted one is never taken for a whole one."""
+    """Delete a checkpoint; its mark goes first, so that a half-deleted one is never taken for a
+    whole one."""
     (path / COMPLETE_FILE).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

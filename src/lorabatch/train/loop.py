@@ -10,8 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,112 +19,155 @@ from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import steps_per_epoch, training_steps
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
 from lorabatch.errors import TrainingError
+from lorabatch.machine.device import out_of_memory
 from lorabatch.model.backend import Backend
-from lorabatch.model.device import out_of_memory
+from lorabatch.schema import Fields, Record
+from lorabatch.spans import span, spanned
 from lorabatch.train.batches import rank_blocks
-from lorabatch.train.evaluate import EvalResult, evaluate
 from lorabatch.train.planner import halved
 from lorabatch.train.ranks import ALONE, Ranks
 from lorabatch.train.schedule import learning_rate, warmup_steps
-from lorabatch.train.state import Learner, TrainState
+from lorabatch.train.state import Trainable, TrainState
+from lorabatch.train.validation import EvalResult, evaluate
 
-Sink = Callable[[Mapping[str, Any]], object]
+Sink = Callable[[Fields], object]
+
+
+def epoch_steps(config: TrainConfig, num_documents: int) -> int:
+    return steps_per_epoch(num_documents, config.batch_size * config.grad_accum_steps)
 
 
 def planned_steps(config: TrainConfig, num_documents: int) -> int:
-    steps = config.epochs * steps_per_epoch(num_documents, config.batch_size * config.grad_accum_steps)
+    steps = config.epochs * epoch_steps(config, num_documents)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
 def train(
     model: Backend,
-    learner: Learner,
+    trainable: Trainable,
     corpus: TokenCorpus,
     validation: TokenCorpus | None,
     config: TrainConfig,
     *,
     sink: Sink,
-    on_step: Callable[[TrainState, Mapping[str, Any]], None],
+    on_step: Callable[[TrainState, Fields], None],
     on_eval: Callable[[TrainState, EvalResult, bool], None],
     on_boundary: Callable[[TrainState, bool], None] = lambda state, last: None,
     stop_requested: Callable[[], bool],
     ranks: Ranks = ALONE,
 ) -> TrainState:
-    """Train until the plan is done, early stopping, a requested stop, or a non-finite loss (TrainingError).
+    """Train until the plan is done, early stopping, a requested stop, or a non-finite loss
+    (TrainingError).
 
-    Goes on from where ``learner.state`` is. ``on_boundary(state, last)`` is called between steps, when
-    everything that the state says has been done: the moment to save. What comes next depends only on the
-    state there, so a run that goes on from it does what the uninterrupted run would have done.
+    Continues from where ``trainable.state`` is. ``on_boundary(state, last)`` is called between
+    steps, when everything that the state says has been done: the moment to save. What comes next
+    depends only on the state there, so a run that resumes from it does what the uninterrupted run
+    would have done.
     """
-    state = learner.state
-    state.total_steps = planned_steps(config, len(corpus.documents))
+    state = trainable.state
+    state.total_steps = planned_steps(config, corpus.epoch_documents)
     warmup = warmup_steps(state.total_steps, config.warmup_steps)
     every = config.eval_every_steps or max(1, math.ceil(state.total_steps / 4))
-    plan = training_steps(len(corpus.documents), config.batch_size * config.grad_accum_steps, epochs=config.epochs, seed=config.seed)
+    plan = training_steps(
+        len(corpus.documents),
+        config.batch_size * config.grad_accum_steps,
+        epochs=config.epochs,
+        seed=config.seed,
+        parts=corpus.parts,
+    )
 
     def run_eval() -> None:
         if validation is None:
             return
-        result = evaluate(model, validation, block_tokens=config.block_tokens, stop_requested=stop_requested, ranks=ranks)
+        result = evaluate(
+            model,
+            validation,
+            block_tokens=config.block_tokens,
+            stop_requested=stop_requested,
+            ranks=ranks,
+        )
         if result is not None:
-            improved = _note_eval(learner, result)
+            improved = _note_eval(trainable, result)
             sink({"event": "eval", "step": state.step, **result.record()})
             on_eval(state, result, improved)
 
-    def why_stop(at_end: bool) -> str | None:
-        if ranks.any(stop_requested()):
-            return "interrupted"
-        if at_end:
-            return "finished"
-        return "early stopping" if 0 < config.early_stopping_evals <= state.evals_without_gain else None
-
-    for epoch, indices in itertools.chain(itertools.islice(plan, state.step, None), [(config.epochs, [])]):
+    rest = itertools.islice(plan, state.step, None)
+    for epoch, indices in itertools.chain(rest, [(config.epochs, [])]):
         if epoch != state.epoch:
             state.epoch_s.append(state.train_s - state.epoch_start_s)
             state.epoch, state.epoch_start_s = epoch, state.train_s
         at_end = state.step >= state.total_steps
         if (state.step % every == 0 or at_end) and state.last_eval_step != state.step:
             run_eval()
-        if reason := why_stop(at_end):
-            state.reason = reason
+        interrupted = ranks.any(stop_requested())
+        if interrupted or at_end or _is_early_end(state, config):
+            state.reason = _reason(interrupted, at_end)
             break
         on_boundary(state, False)
-        rate = learning_rate(state.step, peak=config.lr, total_steps=state.total_steps, warmup=warmup, kind=config.scheduler)
-        record = train_step(model, learner, [corpus.documents[i] for i in indices], config, rate, ranks)
+        rate = learning_rate(
+            state.step,
+            peak=config.lr,
+            total_steps=state.total_steps,
+            warmup=warmup,
+            kind=config.scheduler,
+        )
+        record = train_step(
+            model, trainable, [corpus.documents[i] for i in indices], config, rate, ranks
+        )
         sink({"event": "step", **record, "epoch": epoch})
         on_step(state, record)
     on_boundary(state, True)
     return state
 
 
-def _note_eval(learner: Learner, result: EvalResult) -> bool:
+def _is_early_end(state: TrainState, config: TrainConfig) -> bool:
+    return 0 < config.early_stopping_evals <= state.evals_without_gain
+
+
+def _reason(interrupted: bool, at_end: bool) -> str:
+    if interrupted:
+        return "interrupted"
+    return "finished" if at_end else "early stopping"
+
+
+def _note_eval(trainable: Trainable, result: EvalResult) -> bool:
     """Update best and patience; whether this is the best of the run after training began."""
-    state = learner.state
+    state = trainable.state
     state.first_eval = state.first_eval or result
     state.last_eval, state.last_eval_step = result, state.step
     if state.step == 0:
         return False
-    improved = math.isfinite(result.loss) and (state.best_eval is None or result.loss < state.best_eval.loss)
+    improved = math.isfinite(result.loss) and (
+        state.best_eval is None or result.loss < state.best_eval.loss
+    )
     if improved:
         state.best_eval, state.best_step, state.evals_without_gain = result, state.step, 0
-        state.best_weights = learner.adapters.flat.detach().cpu().clone()
+        state.best_weights = trainable.adapters.flat.detach().cpu().clone()
     else:
         state.evals_without_gain += 1
     return improved
 
 
+@spanned("step")
 def train_step(
-    model: Backend, learner: Learner, documents: Sequence[TokenDocument], config: TrainConfig, rate: float, ranks: Ranks = ALONE
-) -> dict[str, Any]:
-    """One optimiser step; its record. Raises TrainingError before the update if loss or gradient is not finite."""
+    model: Backend,
+    trainable: Trainable,
+    documents: Sequence[TokenDocument],
+    config: TrainConfig,
+    rate: float,
+    ranks: Ranks = ALONE,
+) -> Record:
+    """One optimiser step; its record. Raises TrainingError before the update if loss or gradient is
+    not finite."""
     start = time.perf_counter()
-    state, adapters = learner.state, learner.adapters
+    state, adapters = trainable.state, trainable.adapters
     targets = sum(d.num_targets for d in documents)
     tokens = sum(d.num_tokens for d in documents)
-    loss, norm = _mean_gradient(model, learner, documents, targets, ranks)
+    loss, norm = _mean_gradient(model, trainable, documents, targets, ranks)
     if config.max_grad_norm and norm > config.max_grad_norm:
         adapters.grad.mul_(config.max_grad_norm / norm)
-    learner.update(rate)
+    with span("optimiser"):
+        trainable.update(rate)
     seconds = time.perf_counter() - start
     state.step += 1
     state.tokens += tokens
@@ -134,6 +176,8 @@ def train_step(
     state.train_s += seconds
     state.step_ms.append(seconds * 1e3)
     state.last_loss = loss
+    scaler = trainable.scaler
+    scaling = {"loss_scale": scaler.scale, "overflows": scaler.overflows} if scaler else {}
     return {
         "step": state.step,
         "loss": loss,
@@ -144,19 +188,26 @@ def train_step(
         "documents": len(documents),
         "tokens_per_s": tokens / seconds,
         "step_ms": seconds * 1e3,
-        **({"loss_scale": learner.scaler.scale, "overflows": learner.scaler.overflows} if learner.scaler else {}),
+        **scaling,
     }
 
 
-def _mean_gradient(model: Backend, learner: Learner, documents: Sequence[TokenDocument], targets: int, ranks: Ranks) -> tuple[float, float]:
-    """Leave the documents' mean gradient in the adapters' buffer; the mean loss and the gradient's 2-norm, both finite.
+def _mean_gradient(
+    model: Backend,
+    trainable: Trainable,
+    documents: Sequence[TokenDocument],
+    targets: int,
+    ranks: Ranks,
+) -> tuple[float, float]:
+    """Leave the documents' mean gradient in the adapters' buffer; the mean loss and the gradient's
+    2-norm, both finite.
 
     Repeated with a smaller loss scale where fp16 overflowed.
     """
-    step, grad, scaler = learner.state.step + 1, learner.adapters.grad, learner.scaler
+    step, grad, scaler = trainable.state.step + 1, trainable.adapters.grad, trainable.scaler
     while True:
-        scale = learner.scale
-        loss = _gradient_sum(model, learner, documents, ranks) / targets
+        scale = trainable.scale
+        loss = _gradient_sum(model, trainable, documents, ranks) / targets
         grad.div_(targets * scale)
         norm = float(torch.linalg.vector_norm(grad))
         if math.isfinite(loss) and math.isfinite(norm):
@@ -172,23 +223,26 @@ def _mean_gradient(model: Backend, learner: Learner, documents: Sequence[TokenDo
         scaler.overflowed(step)
 
 
-def _gradient_sum(model: Backend, learner: Learner, documents: Sequence[TokenDocument], ranks: Ranks) -> float:
-    """Leave the gradient of the documents' loss sum, of all ranks, in the adapters' buffer; that sum.
+def _gradient_sum(
+    model: Backend, trainable: Trainable, documents: Sequence[TokenDocument], ranks: Ranks
+) -> float:
+    """Leave the gradient of the documents' loss sum, of all ranks, in the adapters' buffer; that
+    sum.
 
     Repeated in smaller blocks where memory did not suffice.
     """
-    adapters = learner.adapters
+    adapters = trainable.adapters
     model.train()
     while True:
-        torch.manual_seed(learner.dropout_seed(ranks.rank))
+        torch.manual_seed(trainable.dropout_seed(ranks.rank))
         adapters.zero_grad()
         try:
-            loss_sum = _backward(model, learner, documents, ranks)
+            loss_sum = _backward(model, trainable, documents, ranks)
             break
         except (RuntimeError, MemoryError) as error:
             if ranks.even or not out_of_memory(error):
                 raise
-            learner.block_tokens = halved(learner.block_tokens, documents, error)
+            trainable.block_tokens = halved(trainable.block_tokens, documents, error)
     if ranks.count > 1:
         both = ranks.sum_(torch.cat([adapters.grad, loss_sum.to(adapters.grad).view(1)]))
         adapters.grad.copy_(both[:-1])
@@ -196,10 +250,15 @@ def _gradient_sum(model: Backend, learner: Learner, documents: Sequence[TokenDoc
     return float(loss_sum)  # the step's host synchronisation
 
 
-def _backward(model: Backend, learner: Learner, documents: Sequence[TokenDocument], ranks: Ranks) -> Tensor:
+def _backward(
+    model: Backend, trainable: Trainable, documents: Sequence[TokenDocument], ranks: Ranks
+) -> Tensor:
     loss_sum = torch.zeros(())
-    for token_ids, first_targets, counts in rank_blocks(documents, learner.block_tokens, ranks):
-        loss = model.loss_sum(token_ids, first_targets) * float(counts)
-        (loss * learner.scale).backward()  # of the sum: dividing each token's share first would lose it in fp16
+    for token_ids, targets, counts in rank_blocks(documents, trainable.block_tokens, ranks):
+        with span("forward"):
+            loss = model.loss_sum(token_ids, targets) * float(counts)
+        # of the sum: dividing each token's share first would lose it in fp16
+        with span("backward"):
+            (loss * trainable.scale).backward()
         loss_sum = loss_sum + loss.detach().cpu()
     return loss_sum

@@ -1,62 +1,104 @@
-"""Memory before the first step: what a block of tokens will need, how large a block fits, and what to do when it did not.
+"""Memory before the first step: what a block of tokens will need, how large a block fits, and what
+to do when it did not.
 
-The prediction counts what is alive at the worst moment, the end of the forward pass and the top of the
-backward pass: what every layer keeps, one layer's gradients, a chunk of logits, the packs of the
-transposed weights, the optimiser. It is held against the real peak in ``tests/test_planner.py``.
+The prediction counts what is alive at the worst moment, the end of the forward pass and the top of
+the backward pass: what every layer keeps, one layer's gradients, a chunk of logits, the packs of
+the transposed weights, the optimiser. ``tests/train/test_planner.py`` compares it with the real
+peak.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.tokens import TokenDocument
 from lorabatch.errors import TrainingError
+from lorabatch.kernels.onednn import Prepacked
+from lorabatch.kernels.panels import Panels
+from lorabatch.kernels.train_ops import low_width, train_ops
+from lorabatch.machine.device import free_bytes
 from lorabatch.model.backend import Backend
-from lorabatch.model.device import free_bytes
-from lorabatch.model.linear import Prepacked
+from lorabatch.model.decoder import Decoder, Layer
 from lorabatch.model.loss import CHUNK_ELEMENTS
 from lorabatch.model.native import NativeModel
-from lorabatch.model.panels import Panels, whole
 from lorabatch.model.spec import ModelSpec
+from lorabatch.progress import note
 
 HEADROOM = 0.9  # of the free memory: allocators keep some of what was freed
 
 
-def layer_elements(spec: ModelSpec, checkpointing: str) -> int:
+@dataclass(frozen=True)
+class Kept:
+    """What torch's operators keep beside what our kernels do."""
+
+    rotated: bool = False  # queries and keys after the rotation, beside those before it
+    logits: bool = False  # of a chunk: as fp32, and their probabilities
+    wide: bool = False  # the residual stream is fp32 although the model is fp16
+
+
+def kept_by(decoder: Decoder) -> Kept:
+    plain = train_ops(decoder.embedding) is None
+    layers = cast("Iterable[Layer]", decoder.layers)
+    apart = plain or any(layer.attention_why_not for layer in layers)
+    return Kept(
+        rotated=apart and decoder.position_embedding is None,
+        logits=plain,
+        wide=decoder.dtype == torch.float16,
+    )
+
+
+def layer_elements(spec: ModelSpec, checkpointing: str, kept: Kept = Kept()) -> int:
     """Numbers that one layer keeps for the backward pass, per token."""
     attention, mlp = spec.num_heads * spec.head_dim, spec.intermediate_size
-    qkv = attention + 2 * spec.num_kv_heads * spec.head_dim
+    shared = spec.num_kv_heads * spec.head_dim
     up = 2 * mlp if spec.family == "llama" else mlp
+    residual = spec.hidden_size * (2 if kept.wide else 1)
     if checkpointing == "full":
-        return spec.hidden_size
-    kept = 2 * spec.hidden_size + qkv + attention + up
-    return kept + (2 * spec.hidden_size + mlp if checkpointing == "none" else 0)
+        return residual
+    elements = 2 * residual + (attention + 2 * shared) + attention + up
+    elements += attention + shared if kept.rotated else 0
+    return elements + (2 * spec.hidden_size + mlp if checkpointing == "none" else 0)
 
 
 def step_bytes(
-    spec: ModelSpec, *, block_tokens: int, element_bytes: int, lora_params: int, rank: int, checkpointing: str, packed: bool
+    spec: ModelSpec,
+    *,
+    block_tokens: int,
+    element_bytes: int,
+    lora_params: int,
+    r: int,
+    checkpointing: str,
+    packed: bool,
+    kept: Kept = Kept(),
 ) -> int:
     """Bytes that the first step adds to what the process holds once the model is loaded.
 
     packed: linear layers make a second, transposed pack of their weights for the backward pass.
     """
-    low = 7 * whole(rank, 16)  # x Aᵀ of the seven parts of a layer, as the kernels keep it
-    kept = spec.num_layers * (layer_elements(spec, checkpointing) + low)
+    low = low_width([r] * 7)  # x Aᵀ of the seven parts of a layer, as the kernels keep it
+    elements = spec.num_layers * (layer_elements(spec, checkpointing, kept) + low)
     if checkpointing == "full":
-        kept += layer_elements(spec, "none")
+        elements += layer_elements(spec, "none", kept)
     up = 2 * spec.intermediate_size if spec.family == "llama" else spec.intermediate_size
-    gradients = 2 * up + 2 * spec.intermediate_size + 3 * spec.hidden_size  # of one layer, and what it computes again
-    per_token = (kept + gradients + 3 * spec.hidden_size) * element_bytes + spec.num_layers * spec.num_heads * 4
+    # of one layer, and what it computes again
+    gradients = 2 * up + 2 * spec.intermediate_size + 3 * spec.hidden_size
+    per_token = (
+        elements + gradients + 3 * spec.hidden_size
+    ) * element_bytes + spec.num_layers * spec.num_heads * 4
     transposed = spec.num_matmul_params * element_bytes if packed else 0
-    return block_tokens * per_token + CHUNK_ELEMENTS * element_bytes + transposed + 3 * 4 * lora_params
+    chunk = CHUNK_ELEMENTS * (element_bytes + (4 + element_bytes if kept.logits else 0))
+    return block_tokens * per_token + chunk + transposed + 3 * 4 * lora_params
 
 
 def plan(model: Backend, config: TrainConfig, lora_params: int) -> tuple[int, int] | None:
-    """(tokens of a block, predicted bytes of its step): ``--block_tokens`` or as many halvings of it as memory asks for.
+    """(tokens of a block, predicted bytes of its step): ``--block_tokens`` or as many halvings of
+    it as memory asks for.
 
     None for the hf backend, whose needs are not known.
     """
@@ -70,33 +112,44 @@ def plan(model: Backend, config: TrainConfig, lora_params: int) -> tuple[int, in
             block_tokens=tokens,
             element_bytes=decoder.embedding.element_size(),
             lora_params=lora_params,
-            rank=config.lora_r,
+            r=config.lora_r,
             checkpointing=config.checkpointing,
             packed=isinstance(decoder.head.product, (Prepacked, Panels)),
+            kept=kept_by(decoder),
         )
         if needed <= HEADROOM * free or tokens // 2 < config.max_len:
             break
         tokens //= 2
     if tokens < config.block_tokens or needed > HEADROOM * free:
-        print(
-            f"memory: a step of {tokens} tokens needs {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free; "
-            + (f"blocks of {tokens} instead of {config.block_tokens} tokens" if tokens < config.block_tokens else "it may not fit")
-            + ("" if config.checkpointing == "full" else " (--checkpointing full needs less)"),
-            file=sys.stderr,
-        )
+        _warn(config, tokens, needed, free)
     return tokens, needed
+
+
+def _warn(config: TrainConfig, tokens: int, needed: int, free: int) -> None:
+    smaller = f"blocks of {tokens} instead of {config.block_tokens} tokens"
+    outcome = smaller if tokens < config.block_tokens else "it may not fit"
+    advice = "" if config.checkpointing == "full" else " (--checkpointing full needs less)"
+    print(
+        f"memory: a step of {tokens} tokens needs {needed / 2**30:.1f} GiB of "
+        f"{free / 2**30:.1f} GiB free; {outcome}{advice}",
+        file=sys.stderr,
+    )
 
 
 def halved(block_tokens: int, documents: Sequence[TokenDocument], error: BaseException) -> int:
     """The next smaller block. TrainingError when each document already has a block of its own."""
     if block_tokens <= min(d.num_tokens for d in documents):
         raise TrainingError(
-            f"out of memory with one document at a time ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+            "out of memory with one document at a time "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
             where=f"blocks of {block_tokens} tokens",
             fix="lower --max_len, or use --checkpointing full",
         ) from error
     smaller = block_tokens // 2
-    print(f"out of memory with blocks of {block_tokens} tokens: the step is repeated with blocks of {smaller}", file=sys.stderr)
+    note(
+        f"out of memory with blocks of {block_tokens} tokens: the step is repeated with blocks of "
+        f"{smaller}"
+    )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return smaller

@@ -1,4 +1,5 @@
-"""Loss scaling for fp16: the one piece of arithmetic that keeps small gradients above the type's smallest number."""
+"""Loss scaling for fp16: the one piece of arithmetic that keeps small gradients above the type's
+smallest number."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ MOST_OVERFLOWS_IN_A_ROW = 24  # from the largest scale down to one
 
 @dataclass
 class LossScaler:
-    """The factor on the loss: halved after an overflow (the step is tried again), doubled after ``grow_every`` good steps.
+    """The factor on the loss: halved after an overflow (the step is tried again), doubled after
+    ``grow_every`` good steps.
 
     Same rule as the paper (arXiv 1710.03740, section 3.2), except that a step whose gradient
-    overflowed is repeated instead of lost: which documents are learned does not depend on the scale.
+    overflowed is repeated instead of lost: which documents are learned does not depend on the
+    scale.
     """
 
     scale: float = 2.0**12

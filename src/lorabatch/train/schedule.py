@@ -12,9 +12,11 @@ def warmup_steps(total_steps: int, asked: int | None) -> int:
 
 
 def learning_rate(step: int, *, peak: float, total_steps: int, warmup: int, kind: str) -> float:
-    """The rate of 0-based ``step``: linear warm-up, then cosine or linear decay to zero, or constant.
+    """The rate of 0-based ``step``: linear warm-up, then cosine or linear decay to zero, or
+    constant.
 
-    The first step already learns (1 / (warmup + 1) of the peak), the last decayed step nearly does not.
+    The first step already learns (1 / (warmup + 1) of the peak), the last decayed step nearly does
+    not.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

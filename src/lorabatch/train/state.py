@@ -1,4 +1,5 @@
-"""Where a run is: everything that changes while it trains, as one object that a checkpoint can hold."""
+"""Where a run is: everything that changes while it trains, as one object that a checkpoint can
+hold."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from torch import Tensor
 from lorabatch.config import TrainConfig
 from lorabatch.errors import UsageError
 from lorabatch.model.lora import AdapterSet
-from lorabatch.train.evaluate import EvalResult
+from lorabatch.schema import Fields, Record
 from lorabatch.train.scaler import LossScaler
+from lorabatch.train.validation import EvalResult
 
 EVALS = ("first_eval", "last_eval", "best_eval")
 
@@ -45,14 +46,37 @@ class TrainState:
     reason: str = "finished"
 
 
-def _evaluation(record: Mapping[str, Any]) -> EvalResult:
-    """As a checkpoint has it; JSON knows no NaN, so the loss of an evaluation that diverged is null there."""
+def _evaluation(record: Fields) -> EvalResult:
+    """As a checkpoint has it; JSON knows no NaN, so the loss of an evaluation that diverged is null
+    there."""
     values = {f.name: record[f.name] for f in dataclasses.fields(EvalResult)}
     return EvalResult(**values | {"loss": math.nan if values["loss"] is None else values["loss"]})
 
 
-class Learner:
-    """Adapters, their optimiser, the loss scale and the counters: what a step changes and a checkpoint holds."""
+def _state(counters: Fields, tensors: Mapping[str, Tensor]) -> TrainState:
+    known = {f.name for f in dataclasses.fields(TrainState)}
+    values = {name: value for name, value in counters.items() if name in known}
+    values |= {name: _evaluation(values[name]) for name in EVALS if values.get(name) is not None}
+    return TrainState(
+        **values | {"reason": "finished"},
+        step_ms=tensors["step_ms"].tolist(),
+        best_weights=tensors.get("best_adapters"),
+    )
+
+
+def _speeds(adapters: AdapterSet, ratio: float) -> Tensor:
+    """LoRA+: 1 for every weight of an A, ``ratio`` for every weight of a B."""
+    each = [
+        torch.full((p.numel(),), speed)
+        for pair in adapters.pairs.values()
+        for p, speed in zip(pair, (1.0, ratio), strict=True)
+    ]
+    return torch.cat(each).to(adapters.flat.device)
+
+
+class Trainable:
+    """Adapters, their optimiser, the loss scale and the counters: what a step changes and a
+    checkpoint holds."""
 
     def __init__(self, adapters: AdapterSet, config: TrainConfig, *, fp16: bool = False) -> None:
         self.adapters, self._seed = adapters, config.seed
@@ -69,12 +93,7 @@ class Learner:
         self.block_tokens = config.block_tokens  # halved when memory runs out
         self._speed: Tensor | None = None  # of each weight's update, where A and B differ
         if config.lora_plus_ratio != 1.0:
-            each = [
-                torch.full((p.numel(),), r)
-                for pair in adapters.pairs.values()
-                for p, r in zip(pair, (1.0, config.lora_plus_ratio), strict=True)
-            ]
-            self._speed = torch.cat(each).to(adapters.flat.device)
+            self._speed = _speeds(adapters, config.lora_plus_ratio)
 
     @property
     def scale(self) -> float:
@@ -83,10 +102,13 @@ class Learner:
 
     def dropout_seed(self, rank: int = 0) -> int:
         """Dropout is a function of seed, step and rank."""
-        return (self._seed * 0x9E3779B97F4A7C15 + self.state.step + rank * 0xD1B54A32D192ED03) % 2**63
+        return (
+            self._seed * 0x9E3779B97F4A7C15 + self.state.step + rank * 0xD1B54A32D192ED03
+        ) % 2**63
 
     def update(self, rate: float) -> None:
-        """One step of AdamW at this learning rate. It is proportional to the rate, so LoRA+ scales what it changed."""
+        """One step of AdamW at this learning rate. It is proportional to the rate, so LoRA+ scales
+        what it changed."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         flat = self.adapters.flat.data
@@ -95,12 +117,21 @@ class Learner:
         if before is not None and self._speed is not None:
             torch.addcmul(before, flat - before, self._speed, out=flat)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """The counters, as JSON can hold them to the bit."""
         tensors = ("step_ms", "best_weights")
-        state = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(TrainState) if f.name not in tensors}
-        state |= {name: dataclasses.asdict(state[name]) for name in EVALS if state[name] is not None}
-        return {"counters": state, "scaler": dataclasses.asdict(self.scaler) if self.scaler else None}
+        state = {
+            f.name: getattr(self.state, f.name)
+            for f in dataclasses.fields(TrainState)
+            if f.name not in tensors
+        }
+        state |= {
+            name: dataclasses.asdict(state[name]) for name in EVALS if state[name] is not None
+        }
+        return {
+            "counters": state,
+            "scaler": dataclasses.asdict(self.scaler) if self.scaler else None,
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         moments = self.optimizer.state.get(self.adapters.flat) or {}  # empty before the first step
@@ -113,23 +144,25 @@ class Learner:
             found["best_adapters"] = self.state.best_weights
         return found
 
-    def restore(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Become what ``record`` and ``tensors`` described. UsageError if the adapters have another shape."""
+    def restore(self, record: Fields, tensors: Mapping[str, Tensor]) -> None:
+        """Become what ``record`` and ``tensors`` described. UsageError if the adapters have another
+        shape."""
         if tensors["adapters"].shape != self.adapters.flat.shape:
             raise UsageError(
-                f"the checkpoint has {tensors['adapters'].numel()} adapter weights, this run {self.adapters.num_params}",
+                f"the checkpoint has {tensors['adapters'].numel()} adapter weights, this run "
+                f"{self.adapters.num_params}",
                 where="--resume",
                 fix="use the base model, rank and targets of the run that saved it",
             )
         self.adapters.flat.data.copy_(tensors["adapters"])
-        known = {f.name for f in dataclasses.fields(TrainState)}
-        counters = {name: value for name, value in record["counters"].items() if name in known}
-        counters |= {name: _evaluation(counters[name]) for name in EVALS if counters.get(name) is not None}
-        self.state = TrainState(**counters, step_ms=tensors["step_ms"].tolist(), best_weights=tensors.get("best_adapters"))
-        self.state.reason = "finished"
+        self.state = _state(record["counters"], tensors)
         if self.scaler and record["scaler"]:
             self.scaler = LossScaler(**record["scaler"])
-        moments = {name.removeprefix("adam."): t.clone() for name, t in tensors.items() if name.startswith("adam.")}
+        moments = {
+            name.removeprefix("adam."): t.clone()
+            for name, t in tensors.items()
+            if name.startswith("adam.")
+        }
         if moments:
             whole = self.optimizer.state_dict()
             whole["state"] = {0: moments}

@@ -1,0 +1,1 @@
+"""Sweeps and comparisons: ``lorabatch bench`` and ``lorabatch compare``."""

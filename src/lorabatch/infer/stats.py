@@ -1,0 +1,61 @@
+"""What the steps of one pass over the requests cost."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorabatch.infer.scheduler import Batch
+from lorabatch.model.attention import Segment
+
+
+@dataclass
+class PassStats:
+    """Seconds and counts; ``gaps_s``: every gap between two tokens of a request.
+
+    A step that reads any prompt counts as prefill, with the tokens that decode along in it; decode
+    figures are of the others.
+    """
+
+    begin_s: float = 0.0  # on the clock of ``perf_counter``
+    duration_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prefill_steps: int = 0
+    decode_steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    decode_kv_tokens: int = 0  # cached tokens read by all decode steps together
+    decode_adapters: int = 0  # unmerged adapters read by all decode steps together
+    waiting_steps: int = 0  # while requests waited for a slot
+    waiting_slots: float = 0.0  # share of the slots in use, summed over these steps
+    # that or the share of the step's prompt budget in use, whichever is larger
+    waiting_fill: float = 0.0
+    shared_tokens: int = 0  # prompt tokens that were taken over from another request's slot
+    guessed_tokens: int = 0  # read ahead by speculation
+    accepted_tokens: int = 0  # of these, right
+    gaps_s: array[float] = field(default_factory=lambda: array("d"))
+
+    def count_step(
+        self, batch: Batch, segments: Sequence[Segment], num_tokens: int, seconds: float
+    ) -> None:
+        """num_tokens: that the step yielded."""
+        self.shared_tokens += sum(copy.length for copy in batch.copies)
+        if batch.prompt_tokens:
+            self.prefill_s += seconds
+            self.prefill_steps += 1
+            self.prefill_tokens += batch.prompt_tokens
+        else:
+            self.decode_s += seconds
+            self.decode_steps += 1
+            self.decode_tokens += num_tokens
+            self.decode_kv_tokens += sum(segment.start for segment in segments)
+            self.decode_adapters += len({segment.adapter for segment in segments} - {-1})
+
+    def count_waiting(self, batch: Batch, *, max_running: int, prefill_tokens: int) -> None:
+        """How full a step is while requests wait: what is left free then is lost."""
+        slots = len(batch.chunks) / max_running
+        self.waiting_steps += 1
+        self.waiting_slots += slots
+        self.waiting_fill += max(slots, min(batch.prompt_tokens / prefill_tokens, 1.0))

@@ -1,1 +1,0 @@
-"""Clocks, percentiles, ceilings and what the machine did meanwhile. Numbers carry their unit in their name."""

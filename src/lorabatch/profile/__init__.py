@@ -1,0 +1,1 @@
+"""``lorabatch profile``: where the time of a short run goes."""
