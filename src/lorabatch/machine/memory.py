@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import resource
+from pathlib import Path
 
 from lorabatch.machine.cgroup import ControlGroup
 
@@ -15,5 +17,14 @@ def free_memory_bytes() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident set of this process so far.
+
+    The kernel's figure of the address space, not ``ru_maxrss``: that one starts with what the
+    process that began this one held (getrusage(2)), which may be more than this one ever takes.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        (kibibytes,) = re.findall(r"^VmHWM:\s+(\d+) kB$", lines, re.MULTILINE)
+    except (OSError, ValueError):  # a sandbox without it
+        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(kibibytes) * 1024
