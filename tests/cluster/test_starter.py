@@ -1,5 +1,6 @@
 """``lorabatch init``: what it lays, that it writes nothing over, and that a wheel carries it all."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from support.paths import ROOT
 from support.wheels import wheel_environment
 
 from lorabatch.cli import main
+from lorabatch.kernels import build, variant
 from lorabatch.starter import environment_of_jobs
 
 JOB_SCRIPTS = ("scripts/job.sh", "scripts/lib.sh", "scripts/job_cpu.slurm", "scripts/job_gpu.slurm")
@@ -55,10 +57,11 @@ def test_a_wheel_in_an_empty_folder_trains_and_infers(tmp_path, tiny_llama_dir):
     installed = wheel_environment(tmp_path)
     folder = tmp_path / "empty"
     folder.mkdir()
+    without_compiler = {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
     def lorabatch(*words):
         command = [installed / "bin/python", "-m", "lorabatch", *words]
-        variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | without_compiler
         done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -70,4 +73,6 @@ def test_a_wheel_in_an_empty_folder_trains_and_infers(tmp_path, tiny_llama_dir):
     prompts = ("--prompts", "data_sample/chat.jsonl", "--max_new_tokens", "4")
     lorabatch("infer", *model, *prompts, "--adapter_dir", "adapter", "--output_dir", "answers")
     assert len((folder / "answers/completions.jsonl").read_text().splitlines()) == 6
+    kernels = json.loads((folder / "answers/run.json").read_text())["kernel_variant"]
+    assert kernels == variant() or not list(build.PREBUILT.glob("*.so"))  # what build.sh compiled
     assert f"VENV={installed}" in lorabatch("submit", "train", "--device", "cpu", "--dry_run")

@@ -236,14 +236,14 @@ def test_int8_stays_close():
 
 
 def test_without_a_compiler_one_line_says_so_and_work_goes_on(tmp_path):
-    code = (
-        "import torch; from lorabatch.kernels import library; print(library('step'), "
-        "library('step'))"
+    nothing = (
+        "import torch; from lorabatch.kernels import build, library; build.PREBUILT /= 'none'; "
     )
+    code = nothing + "print(library('step'), library('step'))"
     done = python_alone(code, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
     assert done.stdout.strip() == "None None"
     assert done.stderr.count("CPU kernels: step not built") == 1 and "Traceback" not in done.stderr
-    both = "import torch; from lorabatch.kernels import library; library('step'), library('train')"
+    both = nothing + "library('step'), library('train')"
     done = python_alone(both, CXX="/bin/false", XDG_CACHE_HOME=str(tmp_path))
     assert "step not built (/bin/false ended with 1): torch's own" in done.stderr
     assert done.stderr.count("\n") == 1, "inference speaks of no library of training"

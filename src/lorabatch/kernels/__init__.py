@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs: compiled on the machine that runs them (``build``), loaded through cffi
+"""The C++ kernels for CPUs: compiled beforehand or at first use (``build``), loaded through cffi
 (``api``), or done without.
 
 The best variant that this machine can run serves (``variants``).
@@ -81,7 +81,7 @@ def _load(name: str) -> tuple[Variant, CData] | None:
         try:
             loaded = build.load(name, candidate)
         except (OSError, subprocess.SubprocessError) as error:
-            _failed[name, candidate.name] = _reason(error)
+            _failed[name, candidate.name] = reason_of(error)
             continue
         _say_what_is_missed(name, candidate)
         return candidate, loaded
@@ -102,7 +102,7 @@ def _load(name: str) -> tuple[Variant, CData] | None:
     return None
 
 
-def _reason(error: OSError | subprocess.SubprocessError) -> str:
+def reason_of(error: OSError | subprocess.SubprocessError) -> str:
     """The first line that the compiler or the system said."""
     if isinstance(error, subprocess.CalledProcessError):
         said = str(error.stderr or "").strip() or f"{error.cmd[0]} ended with {error.returncode}"

@@ -1,4 +1,6 @@
-"""Compiles the kernels on the machine that runs them, and keeps what was compiled.
+"""Compiles the kernels, and keeps what was compiled: for all variants of this kind of processor
+beforehand (``python -m lorabatch.kernels.prebuild``, which scripts/build.sh runs; a wheel carries
+what is there), else at first use on the machine that runs them.
 
 A source file beside this one becomes a shared library with a plain C interface (``api.h``), so it
 depends on no version of torch. OpenMP is deliberately not linked: its symbols resolve to the copy
@@ -23,6 +25,7 @@ from lorabatch.kernels.api import CData, open_library
 from lorabatch.kernels.variants import Variant
 
 SOURCES = Path(__file__).parent
+PREBUILT = SOURCES / "prebuilt"
 # No "native": what one node built serves all nodes of its variant.
 FLAGS = (
     "-O3",
@@ -41,15 +44,26 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # is still in somebody's hands.
 @functools.cache
 def load(name: str, candidate: Variant) -> CData:
-    """The library ``name`` (step or train), from the cache if it is there; a file there that is not
-    ours to trust or not whole is built anew. Raises OSError or subprocess.SubprocessError."""
+    """The library ``name`` (step or train): as it was prebuilt from this very source, else from the
+    cache, else compiled now. Raises OSError or subprocess.SubprocessError."""
+    path = prebuilt_path(name, candidate)
+    if path.exists():
+        try:  # who may write there may write this file too, so its owner is not asked
+            return open_library(path, name)
+        except OSError as error:  # of a newer C library, or damaged
+            print(f"CPU kernels: {error}: compiling them here", file=sys.stderr)
+    return _compiled_here(name, candidate)
+
+
+def _compiled_here(name: str, candidate: Variant) -> CData:
+    """A file in the cache that is not ours to trust or not whole is built anew."""
     path = _cached_path(name, candidate)
     if path.exists():
         try:
             return _open(path, name)
         except OSError:
             path.unlink(missing_ok=True)
-    _compile(name, candidate, path)
+    compile_to(path, name, candidate, mode=0o700)
     return _open(path, name)
 
 
@@ -59,12 +73,21 @@ def _open(path: Path, name: str) -> CData:
     return open_library(path, name)
 
 
+def prebuilt_path(name: str, candidate: Variant) -> Path:
+    return PREBUILT / _file_name(name, candidate, "")
+
+
 def _cached_path(name: str, candidate: Variant) -> Path:
-    """Where the library for this source, compiler and variant is or will be."""
-    key = hashlib.sha256("\0".join([*FLAGS, *candidate.flags, compiler()]).encode())
+    return cache_folder() / _file_name(name, candidate, compiler())
+
+
+def _file_name(name: str, candidate: Variant, made_by: str) -> str:
+    """Of the library for this source, these flags and this compiler: a change of any is another
+    file."""
+    key = hashlib.sha256("\0".join([*FLAGS, *candidate.flags, made_by]).encode())
     for source in sorted((*SOURCES.glob("*.h"), SOURCES / f"{name}.cpp")):
         key.update(source.read_bytes())
-    return cache_folder() / f"{name}-{candidate.name}-{key.hexdigest()[:16]}.so"
+    return f"{name}-{candidate.name}-{key.hexdigest()[:16]}.so"
 
 
 def compiler() -> str:
@@ -74,7 +97,8 @@ def compiler() -> str:
     return found
 
 
-def _compile(name: str, candidate: Variant, target: Path) -> None:
+def compile_to(target: Path, name: str, candidate: Variant, *, mode: int) -> None:
+    """Raises OSError or subprocess.SubprocessError. mode: permissions of the library."""
     command = shlex.split(compiler())
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         build = Path(work)
@@ -90,7 +114,7 @@ def _compile(name: str, candidate: Variant, target: Path) -> None:
             ]
         )
         _run([*command, "-shared", str(build / "kernels.o"), "-o", str(build / "kernels.so")])
-        (build / "kernels.so").chmod(0o700)
+        (build / "kernels.so").chmod(mode)
         # at once: a concurrent process sees all of it or nothing
         (build / "kernels.so").replace(target)
 

@@ -19,7 +19,13 @@ def wheel_environment(tmp_path):
     tree = tmp_path / "tree"
     tree.mkdir()
     for folder in ("src", "scripts", "configs", "data_sample"):
-        shutil.copytree(ROOT / folder, tree / folder, symlinks=True)
+        # egg-info lists files of whatever this checkout was when it was installed
+        shutil.copytree(
+            ROOT / folder,
+            tree / folder,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"),
+        )
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tree)
     build = [
