@@ -115,8 +115,8 @@ def _tokens(setup: Setup, model: NativeModel, wide: Any, way: str) -> dict[str, 
         for slot, text in enumerate(texts):
             start = half[slot] if step == 0 else len(text) - 1
             segments += [type(whole_prompts([text])[0])(slot, start, text[start:])]
-        for text, token in zip(texts, runner.step(segments, asked), strict=True):
-            text.append(token)
+        for text, tokens in zip(texts, runner.step(segments, asked), strict=True):
+            text += tokens
     sure = right = 0
     for text, prompt in zip(texts, prompts, strict=True):
         logits = _expected(wide, text)[len(prompt) - 1 : -1].float()
@@ -182,13 +182,13 @@ def _decode(
     start, tokens = time.perf_counter(), []
     for at in range(0, batch, chunk):
         segments = whole_prompts(prompts)[at : at + chunk]
-        tokens += runner.step(segments, asked[at : at + chunk])
+        tokens += _firsts(runner.step(segments, asked[at : at + chunk]))
     prefilled = time.perf_counter()
     warm_steps = 2
     for step in range(sizes.new):
         if step == warm_steps:
             begin = time.perf_counter()
-        tokens = runner.step(next_tokens(length + step, tokens, owners), asked)
+        tokens = _firsts(runner.step(next_tokens(length + step, tokens, owners), asked))
         for request, token in zip(asked, tokens, strict=True):
             request.output_ids.append(token)
     seconds = time.perf_counter() - begin  # the tokens are on the host: the device is done
@@ -202,6 +202,10 @@ def _decode(
         "ms_a_step": seconds / steps * 1e3,
         "peak_bytes": setup.peak_bytes(),
     }
+
+
+def _firsts(chosen: list[list[int]]) -> list[int]:
+    return [tokens[0] for tokens in chosen]
 
 
 def decode(setup: Setup) -> Records:
@@ -374,8 +378,8 @@ def trace(setup: Setup) -> Records:
     model = setup.native(setup.network(name))
     batch, length = setup.sizes.batches[-2], setup.sizes.prompt
     runner, asked = setup.runner(model, batch, length + 8, setup.ways()[-1]), requests(batch)
-    tokens = runner.step(whole_prompts(setup.prompts(model, batch, length)), asked)
-    tokens = runner.step(next_tokens(length, tokens), asked)
+    tokens = _firsts(runner.step(whole_prompts(setup.prompts(model, batch, length)), asked))
+    tokens = _firsts(runner.step(next_tokens(length, tokens), asked))
     config = TrainConfig()
     trainable = Trainable(
         model.attach(LoraSettings(), seed=0), config, fp16=setup.dtype == torch.float16
@@ -386,7 +390,7 @@ def trace(setup: Setup) -> Records:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if setup.gpu else [])
     with profile(activities=activities) as profiler:
         for step in range(1, 4):
-            tokens = runner.step(next_tokens(length + step, tokens), asked)
+            tokens = _firsts(runner.step(next_tokens(length + step, tokens), asked))
         setup.wait()
     profiler.export_chrome_trace(str(setup.out / "trace.json.gz"))
     sort = "self_device_time_total" if setup.gpu else "self_cpu_time_total"

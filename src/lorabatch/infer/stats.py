@@ -38,9 +38,13 @@ class PassStats:
     gaps_s: array[float] = field(default_factory=lambda: array("d"))
 
     def count_step(
-        self, batch: Batch, segments: Sequence[Segment], num_tokens: int, seconds: float
+        self,
+        batch: Batch,
+        segments: Sequence[Segment],
+        tokens: Sequence[Sequence[int]],
+        seconds: float,
     ) -> None:
-        """num_tokens: that the step yielded."""
+        """tokens: that the step yielded, by segment."""
         self.shared_tokens += sum(copy.length for copy in batch.copies)
         if batch.prompt_tokens:
             self.prefill_s += seconds
@@ -49,7 +53,7 @@ class PassStats:
         else:
             self.decode_s += seconds
             self.decode_steps += 1
-            self.decode_tokens += num_tokens
+            self.decode_tokens += sum(map(len, tokens))
             self.decode_kv_tokens += sum(segment.start for segment in segments)
             self.decode_adapters += len({segment.adapter for segment in segments} - {-1})
 

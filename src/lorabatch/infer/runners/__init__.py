@@ -38,12 +38,12 @@ class Runner(Protocol):
     # admits a new batch only when the old one is done; takes whole prompts, then single tokens
     static: bool
 
-    def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[int]:
+    def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[list[int]]:
         """Read the tokens of all segments into their slots and choose what follows the last
         ``num_logits`` of each.
 
         segments: new tokens of some slots: prompts, pieces of them, single tokens, mixed. requests:
-        whose they are. Returns the chosen tokens of all segments in turn; NO_TOKEN where the
+        whose they are. Returns the chosen tokens of each segment that wants any; NO_TOKEN where the
         model's numbers are not finite.
         """
 

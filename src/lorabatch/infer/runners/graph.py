@@ -79,13 +79,13 @@ class GraphRunner(NativeRunner):
         self._proven: list[StepGraph] = []  # whose first tokens were the eager runner's
         self._vocab_size, self._possible = model.spec.vocab_size, True
 
-    def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[int]:
+    def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[list[int]]:
         """As ``Runner.step``."""
         if self._possible and all(map(_is_recordable, segments, requests)):
             with span("decode"):
                 chosen = self._replayed(segments, requests)
             if chosen is not None:
-                return chosen
+                return [[token] for token in chosen]
         return super().step(segments, requests)
 
     @torch.inference_mode()
@@ -117,7 +117,7 @@ class GraphRunner(NativeRunner):
         where they differ: nobody has seen these graphs on every GPU. Tokens that are drawn are not
         compared: the last bit of a sum may decide."""
         self._proven.append(graph)
-        expected = super().step(segments, requests)
+        expected = [token for (token,) in super().step(segments, requests)]
         rows = zip(chosen, expected, requests, strict=True)
         if all(ours == theirs for ours, theirs, request in rows if request.likeliest):
             return chosen
