@@ -20,9 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.tokens import TokenDocument
+from lorabatch.infer.requests import Request
 from lorabatch.machine.ceilings import bandwidth
 from lorabatch.machine.device import TYPE_NAMES
-from lorabatch.model.attention import PackedAttention
+from lorabatch.model.attention import PackedAttention, Segment
 from lorabatch.model.cost import training_flops
 from lorabatch.model.lora import AdapterSet, LoraWeights
 from lorabatch.model.lora_settings import LoraSettings
@@ -173,26 +174,24 @@ def _decode(
     sizes = setup.sizes
     length = prompt or sizes.prompt
     asked = requests(batch, **params)
-    owners = [i % len(adapters) for i in range(batch)] if adapters else []
+    owners = [i % len(adapters) for i in range(batch)] if adapters else [-1] * batch
     more = {"adapters": adapters} if adapters else {}
-    runner = setup.runner(model, batch, length + sizes.new + 1, way, **more)
+    runner = setup.runner(model, batch, length + 2 * sizes.new + 1, way, **more)
     prompts = setup.prompts(model, batch, length)
     chunk = max(1, 8192 // length)  # prompts read in one step
     setup.wait()
-    start, tokens = time.perf_counter(), []
+    start = time.perf_counter()
     for at in range(0, batch, chunk):
         segments = whole_prompts(prompts)[at : at + chunk]
-        tokens += _firsts(runner.step(segments, asked[at : at + chunk]))
+        new = runner.step(segments, asked[at : at + chunk])
+        for request, tokens in zip(asked[at:], new, strict=False):
+            request.output_ids += tokens
     prefilled = time.perf_counter()
-    warm_steps = 2
-    for step in range(sizes.new):
-        if step == warm_steps:
-            begin = time.perf_counter()
-        tokens = _firsts(runner.step(next_tokens(length + step, tokens, owners), asked))
-        for request, token in zip(asked, tokens, strict=True):
-            request.output_ids.append(token)
+    _go_on(runner, asked, length, owners, sizes.new)  # libraries load, steps are recorded
+    begin = time.perf_counter()
+    _go_on(runner, asked, length, owners, sizes.new)
     seconds = time.perf_counter() - begin  # the tokens are on the host: the device is done
-    steps = sizes.new - warm_steps
+    steps = sizes.new
     return {
         "what": "decode",
         "way": way,
@@ -204,8 +203,18 @@ def _decode(
     }
 
 
-def _firsts(chosen: list[list[int]]) -> list[int]:
-    return [tokens[0] for tokens in chosen]
+def _go_on(runner: Any, asked: list[Request], length: int, owners: list[int], count: int) -> None:
+    """``count`` more tokens of each request; their prompts were ``length`` tokens long."""
+    for request in asked:
+        request.max_new_tokens = len(request.output_ids) + count
+    while running := [i for i, r in enumerate(asked) if len(r.output_ids) < r.max_new_tokens]:
+        segments = [
+            Segment(i, length + len(ids) - 1, ids[-1:], adapter=owners[i])
+            for i, ids in ((i, asked[i].output_ids) for i in running)
+        ]
+        new = runner.step(segments, [asked[i] for i in running])
+        for i, tokens in zip(running, new, strict=True):
+            asked[i].output_ids += tokens
 
 
 def decode(setup: Setup) -> Records:
@@ -378,8 +387,11 @@ def trace(setup: Setup) -> Records:
     model = setup.native(setup.network(name))
     batch, length = setup.sizes.batches[-2], setup.sizes.prompt
     runner, asked = setup.runner(model, batch, length + 8, setup.ways()[-1]), requests(batch)
-    tokens = _firsts(runner.step(whole_prompts(setup.prompts(model, batch, length)), asked))
-    tokens = _firsts(runner.step(next_tokens(length, tokens), asked))
+    first = runner.step(whole_prompts(setup.prompts(model, batch, length)), asked)
+    for request, tokens in zip(asked, first, strict=True):
+        request.output_ids += tokens
+    owners = [-1] * batch
+    _go_on(runner, asked, length, owners, 1)
     config = TrainConfig()
     trainable = Trainable(
         model.attach(LoraSettings(), seed=0), config, fp16=setup.dtype == torch.float16
@@ -389,8 +401,7 @@ def trace(setup: Setup) -> Records:
     model.detach()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if setup.gpu else [])
     with profile(activities=activities) as profiler:
-        for step in range(1, 4):
-            tokens = _firsts(runner.step(next_tokens(length + step, tokens), asked))
+        _go_on(runner, asked, length, owners, 3)
         setup.wait()
     profiler.export_chrome_trace(str(setup.out / "trace.json.gz"))
     sort = "self_device_time_total" if setup.gpu else "self_cpu_time_total"

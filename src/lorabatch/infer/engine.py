@@ -159,6 +159,7 @@ class Engine:
             output_ids.append(token_id)
             request.last_token_s = now
             if self._endings.is_done(request):
+                del request.logprobs[len(output_ids) :]
                 return True
         request.cached = len(request.token_ids) + len(output_ids) - 1
         return False
