@@ -38,7 +38,7 @@ class Null:
     static = False
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self._most, self.apart = most, most > 1
 
     def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[list[int]]:
         if self._most == 1 or any(map(reads_prompt, segments, requests)):

@@ -63,7 +63,10 @@ class Engine:
             batch = scheduler.next_batch()
             if scheduler.waiting:
                 stats.count_waiting(
-                    batch, max_running=self._max_running, prefill_tokens=self._prefill_tokens
+                    batch,
+                    running=len(scheduler.running),
+                    max_running=self._max_running,
+                    prefill_tokens=self._prefill_tokens,
                 )
             tokens = self._step(batch, stats)
             yielding = [chunk.request for chunk in batch.chunks if chunk.yields_token]
@@ -83,6 +86,7 @@ class Engine:
             max_running=self._max_running,
             prefill_tokens=self._prefill_tokens,
             static=self._runner.static,
+            apart=self._runner.apart,
             order=self._order,
         )
 
@@ -148,6 +152,12 @@ class Engine:
     def _append(self, request: Request, tokens: list[int], now: float, stats: PassStats) -> bool:
         """Whether the request ends with one of them; those behind it do not count."""
         output_ids = request.output_ids
+        plain = self._endings.plain(request, tokens) if len(tokens) > 1 and output_ids else 0
+        if plain:  # those that arrive together have no gap between them
+            stats.gaps_s.extend([now - request.last_token_s, *[0.0] * (plain - 1)])
+            output_ids += tokens[:plain]
+            request.last_token_s = now
+            tokens = tokens[plain:]
         for token_id in tokens:
             if token_id == NO_TOKEN:
                 self._refuse(request)

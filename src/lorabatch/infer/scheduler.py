@@ -79,7 +79,8 @@ class Scheduler:
     ``order``: "longest" first, or one "adapter" after the other, so that a step reads few of them.
 
     ``static``: admit only when nothing runs, and whole prompts (for models whose cache cannot take
-    newcomers).
+    newcomers). ``apart``: a step reads prompts or decodes, prompts first (where several steps of
+    decoding follow one another at the price of one with a prompt).
     """
 
     def __init__(
@@ -89,9 +90,10 @@ class Scheduler:
         max_running: int,
         prefill_tokens: int,
         static: bool = False,
+        apart: bool = False,
         order: str = "arrival",
     ) -> None:
-        self._source = iter(requests)
+        self._source, self._apart = iter(requests), apart
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # index = slot
         # those of one adapter and first MIN_SHARED tokens
@@ -113,6 +115,7 @@ class Scheduler:
         num_before = len(self.running)
         copies = self._admit()
         chunks, prompt_tokens = [], 0
+        reading = self._apart and any(r.cached < len(r.token_ids) for r in self.running)
         for request in self.running:
             start, prompt = request.cached, len(request.token_ids)
             end = stop = prompt + len(request.output_ids)
@@ -120,6 +123,8 @@ class Scheduler:
                 if not self._static:
                     stop = min(stop, start + self._prefill_tokens - prompt_tokens)
                 prompt_tokens += stop - start
+            elif reading:
+                continue
             if stop > start:
                 chunks.append(Chunk(request, start, stop, start < prompt, stop == end))
                 request.cached = stop

@@ -68,9 +68,11 @@ class PassStats:
         read = (s.start * (1 + n) + n * (n + 1) // 2 for s, n in zip(segments, more, strict=True))
         return 1 + max(more), sum(read)
 
-    def count_waiting(self, batch: Batch, *, max_running: int, prefill_tokens: int) -> None:
+    def count_waiting(
+        self, batch: Batch, *, running: int, max_running: int, prefill_tokens: int
+    ) -> None:
         """How full a step is while requests wait: what is left free then is lost."""
-        slots = len(batch.chunks) / max_running
+        slots = running / max_running
         self.waiting_steps += 1
         self.waiting_slots += slots
         self.waiting_fill += max(slots, min(batch.prompt_tokens / prefill_tokens, 1.0))

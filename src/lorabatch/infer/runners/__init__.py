@@ -37,6 +37,7 @@ class Runner(Protocol):
 
     # admits a new batch only when the old one is done; takes whole prompts, then single tokens
     static: bool
+    apart: bool  # a step reads prompts or decodes, see ``Scheduler``
 
     def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[list[int]]:
         """Read the tokens of all segments into their slots and choose what follows the last

@@ -40,7 +40,7 @@ class HiddenRunner(ABC):
     """What the runners have in common that make hidden states in one call. Shapes: n wanted rows, H
     hidden size, V vocabulary."""
 
-    static = False
+    static = apart = False
 
     @abstractmethod
     def forward(self, segments: Sequence[Segment]) -> Tensor:

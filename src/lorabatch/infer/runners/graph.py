@@ -61,6 +61,8 @@ class CudaGraph:
 
 
 class GraphRunner(NativeRunner):
+    apart = True
+
     def __init__(
         self,
         model: NativeModel,
@@ -111,7 +113,8 @@ class GraphRunner(NativeRunner):
         if graph is None:
             return super().step(segments, requests)
         fill(rows, segments, requests, self.cache.capacity, self._nobody)
-        steps = steps_of_a_visit([tokens_left(request) for request in requests])
+        guesses = any(request.lookup for request in requests)  # again after each token
+        steps = 1 if guesses else steps_of_a_visit([tokens_left(request) for request in requests])
         with span("decode"):
             for _ in range(steps):
                 graph.replay()
