@@ -277,7 +277,7 @@ class Wrong(Tape):
 
     def __init__(self, step):
         super().__init__(step)
-        self._chosen = step.__closure__[[*step.__code__.co_freevars].index("rows")].cell_contents
+        self._chosen = rows_of(step)
 
     def replay(self):
         super().replay()
@@ -291,13 +291,45 @@ def test_a_graph_that_chooses_other_tokens_is_not_believed(capsys):
     assert capsys.readouterr().err.count("chose other tokens") == 1
 
 
-def test_want_of_memory_while_recording_is_for_the_pass_to_handle():
-    def refuse(step):
-        raise RuntimeError("CUDA error: out of memory")
+def rows_of(step):
+    return step.__closure__[[*step.__code__.co_freevars].index("rows")].cell_contents
 
-    ours, _ = runners(record=refuse)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run(ours, requests([{}]))
+
+class Tight(Tape):
+    """Memory for recording no more than two rows, and for replaying one from the seventh time on."""
+
+    def __init__(self, step):
+        self._count = len(rows_of(step).numbers)
+        if self._count > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        super().__init__(step)
+
+    def replay(self):
+        super().replay()
+        if self._count == 2 and Tape.replays > 6:
+            raise RuntimeError("CUDA error: out of memory")
+
+
+def out_of_memory(step):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("settings", [[{}], PENALISED], ids=["greedy", "penalised"])
+def test_want_of_memory_makes_recorded_steps_smaller_and_nothing_is_lost(settings, capsys):
+    ours, eager = runners(record=Tight)
+    assert run(ours, requests(settings)) == run(eager, requests(settings))
+    assert Tape.replays > 20 and {count for count, _ in ours._graphs} == {1}
+    assert capsys.readouterr().err.splitlines() == [
+        f"out of memory: recorded steps take at most {rows} at once"
+        for rows in ("4 rows", "2 rows", "1 row")
+    ]
+
+
+def test_without_memory_for_any_recorded_step_none_is_recorded(capsys):
+    ours, eager = runners(record=out_of_memory)
+    assert run(ours, requests([{}])) == run(eager, requests([{}]))
+    *smaller, last = capsys.readouterr().err.splitlines()
+    assert len(smaller) == 3 and "no memory for a recorded step of one row" in last
 
 
 # --- what a recorded step may not do ---
@@ -427,9 +459,9 @@ def test_rows_that_need_more_candidates_are_left_to_the_host(monkeypatch):
 
 def test_buckets_hold_every_number_of_rows():
     assert list(BUCKETS) == sorted(BUCKETS)
-    sizes = [graph._bucket(count, 1500) for count in range(1, 1501)]
+    sizes = [graph.bucket(count, 1500) for count in range(1, 1501)]
     assert all(count <= size for count, size in enumerate(sizes, start=1)) and sizes[-1] == 1500
-    assert graph._bucket(5, 5) == 8 and graph._bucket(1025, 1500) == 1500
+    assert graph.bucket(5, 5) == 8 and graph.bucket(1025, 1500) == 1500
 
 
 def test_rows_beyond_those_of_a_step_touch_nobodys_slot():

@@ -24,6 +24,7 @@ from lorabatch.machine.device import out_of_memory
 from lorabatch.model.attention import Segment
 from lorabatch.model.lora import LoraWeights
 from lorabatch.model.native import NativeModel
+from lorabatch.progress import counted
 from lorabatch.spans import span
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -41,7 +42,7 @@ class StepGraph(Protocol):
 class CudaGraph:
     """What cannot run without a GPU. The graphs of a process share their memory."""
 
-    _pool: Any = None
+    pool: Any = None
 
     def __init__(self, step: Callable[[], None]) -> None:
         side = torch.cuda.Stream()
@@ -52,9 +53,9 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         # a call of another thread, such as the sampler's, must not break the recording
-        with torch.cuda.graph(self._graph, pool=CudaGraph._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
             step()
-        CudaGraph._pool = CudaGraph._pool or self._graph.pool()
+        CudaGraph.pool = CudaGraph.pool or self._graph.pool()
 
     def replay(self) -> None:
         self._graph.replay()
@@ -79,8 +80,9 @@ class GraphRunner(NativeRunner):
         self._nobody, self._record = num_slots, record
         self._rows: dict[Kind, Rows] = {}  # memory for all slots
         self._graphs: dict[tuple[int, Kind], StepGraph] = {}
-        self._proven: list[StepGraph] = []  # whose first tokens were the eager runner's
+        self._proven: set[StepGraph] = set()  # whose first tokens were the eager runner's
         self._vocab_size, self._possible = model.spec.vocab_size, True
+        self._most = bucket(num_slots, num_slots)  # rows that one recorded step takes
 
     def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[list[int]]:
         """As ``Runner.step``; where nobody reads a prompt, several tokens of those whose steps are
@@ -103,13 +105,54 @@ class GraphRunner(NativeRunner):
                 chosen |= zip(places, some, strict=True)
         return [chosen[i] for i in range(len(segments))]
 
-    @torch.inference_mode()
     def _burst(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[list[int]]:
+        """In parts, where memory does not suffice for all rows at once. Nothing is lost: what a
+        step wrote into the cache the next one writes again."""
+        chosen: list[list[int]] = []
+        while len(chosen) < len(segments):
+            part = slice(len(chosen), len(chosen) + self._most)
+            tokens = self._try(segments[part], requests[part])
+            if tokens is None:
+                self._shrink()
+            else:
+                chosen += tokens
+        return chosen
+
+    def _try(
+        self, segments: Sequence[Segment], requests: Sequence[Request]
+    ) -> list[list[int]] | None:
+        """None if memory ran out. The exception, and with it the tensors of its frames, is gone
+        when this returns."""
+        try:
+            return self._visit(segments, requests)
+        except RuntimeError as error:
+            if not self._possible or not out_of_memory(error):
+                raise
+        for request in requests:
+            del request.logprobs[len(request.output_ids) :]
+        return None
+
+    def _shrink(self) -> None:
+        """All memory of recorded steps is given back."""
+        self._graphs, self._rows, self._proven, CudaGraph.pool = {}, {}, set(), None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._most = max((size for size in BUCKETS if size < self._most), default=0)
+        if self._most:
+            rows = counted(self._most, "row")
+            print(f"out of memory: recorded steps take at most {rows} at once", file=sys.stderr)
+        else:
+            self._most = 1
+            self._refuse("no memory for a recorded step of one row")
+
+    @torch.inference_mode()
+    def _visit(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[list[int]]:
         """The tokens of several recorded steps; of one of the eager runner where they could not be
         recorded."""
-        kind, count = kind_of(requests), _bucket(len(segments), self._nobody)
-        rows = self._memory(kind).first(count)
-        graph = self._graph(rows)
+        graph = None
+        if self._possible:
+            rows = self._memory(kind_of(requests)).first(bucket(len(segments), self._most))
+            graph = self._graph(rows)
         if graph is None:
             return super().step(segments, requests)
         fill(rows, segments, requests, self.cache.capacity, self._nobody)
@@ -120,7 +163,7 @@ class GraphRunner(NativeRunner):
                 graph.replay()
             chosen = read(rows, requests, steps)
         if graph in self._proven or self._compared(segments, requests, chosen):
-            self._proven.append(graph)
+            self._proven.add(graph)
             return chosen
         self._refuse("recorded steps chose other tokens than the same steps run as before")
         for request in requests:
@@ -152,7 +195,7 @@ class GraphRunner(NativeRunner):
             self._rows[kind] = Rows.on(
                 self._decoder.device,
                 kind,
-                count=_bucket(self._nobody, self._nobody),
+                count=self._most,
                 vocabulary=self._vocab_size,
                 seen=self.cache.capacity,
             )
@@ -176,7 +219,7 @@ class GraphRunner(NativeRunner):
         return self._graphs[key]
 
 
-def _bucket(count: int, most: int) -> int:
+def bucket(count: int, most: int) -> int:
     """How many rows are recorded for a step of ``count``; ``most``: slots there are."""
     return next((size for size in BUCKETS if size >= count), most)
 
