@@ -369,6 +369,56 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(tiny_llama_dir, tmp_path):
     assert json.loads((tmp_path / "killed" / "metrics.json").read_text())["failed"] == 1
 
 
+ON_A_TAPE = """
+from pathlib import Path
+from support.tape import Tape
+from lorabatch.infer import passes
+from lorabatch.infer.runners.graph import GraphRunner
+from lorabatch.kernels import train_ops
+from lorabatch.kernels.onednn import Dense
+from lorabatch.model import linear
+
+class Counted(Tape):
+    def replay(self):
+        super().replay()
+        Path({marks!r}).open("a").write(".")
+
+def recorded(model, *, num_slots, capacity, adapters, **_):
+    return GraphRunner(
+        model, num_slots=num_slots, capacity=capacity, adapters=adapters, record=Counted
+    )
+
+train_ops._train_ops, passes.make_runner = lambda dtype: None, recorded
+linear.packed_product = Dense  # a tape cannot see oneDNN's memory
+"""
+
+
+@pytest.mark.slow
+def test_kills_of_recorded_steps_lose_nothing_either(tiny_llama_dir, tmp_path):
+    """Against a whole run of this machine's own runner."""
+    count = 240
+    rows = [
+        {
+            "id": f"r{i}",
+            "prompt": f"Patient {i} reports",
+            "temperature": 0.8 * (i % 2),
+            "frequency_penalty": 0.5 * (i % 3),
+            "max_new_tokens": 1 + i % 23,
+        }
+        for i in range(count)
+    ]
+    prompts = write_rows(tmp_path / "p.jsonl", rows)
+    argv = infer_flags(tiny_llama_dir, prompts, tmp_path / "killed", "--batch_size", 16)
+    path = str(tmp_path / "killed" / "completions.jsonl")
+    before = ON_A_TAPE.format(marks=str(tmp_path / "marks"))
+    result = python(before + KILLER.format(argv=argv, path=path, count=count, kills=3))
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert (tmp_path / "marks").stat().st_size > 100, "steps were recorded"
+    assert main(infer_flags(tiny_llama_dir, prompts, tmp_path / "whole", "--batch_size", 16)) == 0
+    assert texts(tmp_path / "killed") == texts(tmp_path / "whole")
+    assert len(texts(tmp_path / "whole")) == count
+
+
 @pytest.mark.slow
 def test_a_kill_of_the_real_model(tmp_path):
     lines = (SAMPLE / "prompts.txt").read_text(encoding="utf-8").splitlines()[:16]
