@@ -22,6 +22,7 @@ from lorabatch.infer.engine import Engine
 from lorabatch.infer.requests import NOT_FINITE, Request, SamplingParams
 from lorabatch.infer.runners import graph, graph_rows, graph_step
 from lorabatch.infer.runners.eager import NativeRunner
+from lorabatch.infer.runners.fixed import FixedRunner
 from lorabatch.infer.runners.graph import BUCKETS, GraphRunner
 from lorabatch.infer.runners.graph_step import Kind, Rows, decode_step, sampled
 from lorabatch.infer.sampling import draw, draws_of, signed, uniform
@@ -330,6 +331,49 @@ def test_without_memory_for_any_recorded_step_none_is_recorded(capsys):
     assert run(ours, requests([{}])) == run(eager, requests([{}]))
     *smaller, last = capsys.readouterr().err.splitlines()
     assert len(smaller) == 3 and "no memory for a recorded step of one row" in last
+
+
+# --- the same shapes in every step ---
+
+
+class Shaped:
+    """A product whose last digits depend on how many rows it has, as on a GPU."""
+
+    def __init__(self, product):
+        self._product = product
+
+    def forward(self, x, bias):
+        return self._product.forward(x, bias) * (1 + 0.02 * (len(x) % 97))
+
+
+def shaped(kind, **more):
+    model = native(tiny_model("llama"), prepack=False)
+    for layer in (*model.decoder.linears(), model.decoder.head):
+        layer.product = Shaped(layer.product)
+    return kind(model, num_slots=SLOTS, capacity=CAPACITY, record=Tape, **more)
+
+
+def in_company_and_alone(runner):
+    """The tokens of the same requests, run in three ways."""
+    alone = [run(runner, [asked])[0] for asked in requests(MIXED)]
+    return [run(runner, requests(MIXED)), run(runner, requests(MIXED), prefill_tokens=48), alone]
+
+
+def test_tokens_do_not_depend_on_the_batch_where_shapes_never_change():
+    """Not even where sums depend on shapes: least lengths and prompts, which are not recorded, too."""
+    runner = shaped(FixedRunner, max_tokens=64 + SLOTS)
+    together, less, alone = in_company_and_alone(runner)
+    assert together == less == alone and Tape.replays > 20 and runner._possible
+    together, less, alone = in_company_and_alone(shaped(GraphRunner))
+    assert together != alone, "they do otherwise"
+
+
+def test_whether_equal_rows_differ_is_seen():
+    runner = shaped(FixedRunner, max_tokens=64)
+    assert runner.rows_are_alike() and Tape.replays == 1
+    head = runner._decoder.head.product
+    head.forward = lambda x, bias: Shaped.forward(head, x, bias) + torch.arange(len(x))[:, None]
+    assert not runner.rows_are_alike()
 
 
 # --- what a recorded step may not do ---

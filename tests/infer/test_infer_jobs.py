@@ -19,8 +19,12 @@ from support.models import (
 )
 from support.paths import SAMPLE
 from support.processes import ENVIRONMENT, python
+from support.tape import Tape
 
 from lorabatch.cli import main
+from lorabatch.infer import passes
+from lorabatch.infer.runners.fixed import FixedRunner
+from lorabatch.infer.runners.graph import GraphRunner
 from lorabatch.infer.runners.program import unsupported
 from lorabatch.records import read_jsonl
 
@@ -302,6 +306,35 @@ def test_deterministic_says_what_it_costs(tiny_llama_dir, tiny_neox_dir, tmp_pat
         assert main(infer_flags(model, prompts, tmp_path / name, "--deterministic")) == 0
         assert words in capsys.readouterr().out
         assert json.loads((tmp_path / name / "metrics.json").read_text())["max_running"] == at_once
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_deterministic_on_a_gpu_keeps_shapes(alike, tiny_llama_dir, tmp_path, capsys, monkeypatch):
+    """On a tape, with everything that makes a CPU deterministic by itself denied."""
+    made = []
+
+    def recorded(model, *, fixed, quantize, max_tokens, **sizes):
+        more = {"max_tokens": max_tokens} if fixed else {}
+        kind = FixedRunner if fixed else GraphRunner
+        made.append(kind(model, record=Tape, **sizes, **more))
+        return made[-1]
+
+    monkeypatch.setattr("lorabatch.kernels.train_ops._train_ops", lambda dtype: None)
+    monkeypatch.setattr(passes, "unsupported", lambda *_: "denied")
+    monkeypatch.setattr(passes, "rows_are_independent", lambda _: False)
+    monkeypatch.setattr(passes, "records_steps", lambda _: True)
+    monkeypatch.setattr(passes, "make_runner", recorded)
+    if not alike:
+        monkeypatch.setattr(FixedRunner, "rows_are_alike", lambda _: False)
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": f"bed {i}"} for i in range(5)])
+    flags = infer_flags(tiny_llama_dir, prompts, tmp_path / "o", "--deterministic")
+    assert main([*flags, "--max_new_tokens", "4"]) == 0
+    said = capsys.readouterr()
+    assert "the shapes of a full one" in said.out
+    assert ("equal rows differ on this GPU" in said.err) == (not alike)
+    assert type(made[-1]) is (FixedRunner if alike else GraphRunner)
+    metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert metrics["completed"] == 5 and metrics["max_running"] == (5 if alike else 1)
 
 
 # What survives

@@ -16,6 +16,7 @@ from lorabatch.errors import UnavailableError
 from lorabatch.infer.requests import Request
 from lorabatch.infer.runners.base import HiddenRunner
 from lorabatch.infer.runners.eager import NativeRunner
+from lorabatch.infer.runners.fixed import FixedRunner
 from lorabatch.infer.runners.graph import GraphRunner
 from lorabatch.infer.runners.hf import HfRunner
 from lorabatch.infer.runners.program import unsupported
@@ -64,9 +65,10 @@ def make_runner(
     max_tokens: int,
     quantize: str = "none",
     adapters: Sequence[LoraWeights] = (),
+    fixed: bool = False,
 ) -> HiddenRunner:
-    """The fastest runner of this machine for this model. UnavailableError if ``quantize`` needs
-    kernels that are not there."""
+    """The fastest runner of this machine for this model; fixed: where it records its steps, with
+    shapes that never change. UnavailableError if ``quantize`` needs kernels that are not there."""
     if isinstance(model, HfModel):
         return HfRunner(model)
     assert isinstance(model, NativeModel)
@@ -79,10 +81,21 @@ def make_runner(
             quantize=quantize,
             adapters=adapters,
         )
-    kind = operator_for(model.decoder.device, model.decoder.dtype, model.spec.head_dim)
-    if model.decoder.device.type == "cuda" and kind != LOOP:
+    if not records_steps(model):
+        return NativeRunner(model, num_slots=num_slots, capacity=capacity, adapters=adapters)
+    if not fixed:
         return GraphRunner(model, num_slots=num_slots, capacity=capacity, adapters=adapters)
-    return NativeRunner(model, num_slots=num_slots, capacity=capacity, adapters=adapters)
+    return FixedRunner(
+        model, num_slots=num_slots, capacity=capacity, max_tokens=max_tokens, adapters=adapters
+    )
+
+
+def records_steps(model: Model) -> bool:
+    """Whether a model is on a GPU that replays recorded steps."""
+    if not isinstance(model, NativeModel) or model.decoder.device.type != "cuda":
+        return False
+    decoder = model.decoder
+    return operator_for(decoder.device, decoder.dtype, model.spec.head_dim) != LOOP
 
 
 def programmed(

@@ -22,6 +22,7 @@ from lorabatch.infer.runners.graph_rows import fill, is_recordable, kind_of, rea
 from lorabatch.infer.runners.graph_step import MOST_STEPS, Kind, Rows, decode_step
 from lorabatch.machine.device import out_of_memory
 from lorabatch.model.attention import Segment
+from lorabatch.model.functional import likeliest_ids
 from lorabatch.model.lora import LoraWeights
 from lorabatch.model.native import NativeModel
 from lorabatch.progress import counted
@@ -29,6 +30,7 @@ from lorabatch.spans import span
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 FEW_STEPS = 4  # at least so many follow one another, although a row ends before (not measured)
+NEAR = 0.02  # of the largest logit: in half precision, nearer tokens change places with a shape
 WARM_UP = 2  # runs before a step is recorded: libraries load, workspaces are made
 
 
@@ -151,7 +153,7 @@ class GraphRunner(NativeRunner):
         recorded."""
         graph = None
         if self._possible:
-            rows = self._memory(kind_of(requests)).first(bucket(len(segments), self._most))
+            rows = self._memory(kind_of(requests)).first(self._count(len(segments)))
             graph = self._graph(rows)
         if graph is None:
             return super().step(segments, requests)
@@ -170,21 +172,33 @@ class GraphRunner(NativeRunner):
             del request.logprobs[len(request.output_ids) :]
         return super().step(segments, requests)
 
+    def _count(self, asked: int) -> int:
+        """Rows of the step that takes so many."""
+        return bucket(asked, self._most)
+
     def _compared(
         self, segments: Sequence[Segment], requests: Sequence[Request], chosen: list[list[int]]
     ) -> bool:
-        """Whether the eager runner chooses the same tokens, step by step: nobody has seen these
-        graphs on every GPU. Tokens that are drawn are not compared: the last bit of a sum may
-        decide."""
+        """Whether the eager runner chooses the same tokens, step by step, or others that are as
+        likely: nobody has seen these graphs on every GPU. Tokens that are drawn are not compared:
+        the last bit of a sum may decide."""
         for at in range(max(map(len, chosen))):
             places = [i for i, r in enumerate(requests) if r.likeliest and at < len(chosen[i])]
             step = [
                 replace(s, start=s.start + at, token_ids=chosen[i][at - 1 : at] or s.token_ids)
                 for i, s in ((i, segments[i]) for i in places)
             ]
-            if step and self.greedy(self.forward(step)) != [chosen[i][at] for i in places]:
+            if step and not self._agrees(step, [chosen[i][at] for i in places]):
                 return False
         return True
+
+    def _agrees(self, step: Sequence[Segment], tokens: Sequence[int]) -> bool:
+        logits = self.logits(self.forward(step)).float()
+        expected, ours = likeliest_ids(logits), torch.tensor(tokens, device=logits.device)
+        most = logits.amax(dim=-1, keepdim=True)
+        lost = most - logits.gather(1, ours.clamp(0, logits.shape[1] - 1)[:, None])
+        near = (lost <= NEAR * most.abs()).squeeze(1) & (ours >= 0)
+        return bool(((expected == ours) | near).all())
 
     def _refuse(self, why: str) -> None:
         self._possible = False
