@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.tokens import TokenDocument
 from lorabatch.infer.requests import Request
+from lorabatch.infer.runners.fixed import FixedRunner
 from lorabatch.machine.ceilings import bandwidth
 from lorabatch.machine.device import TYPE_NAMES
 from lorabatch.model.attention import PackedAttention, Segment
@@ -302,6 +303,20 @@ def invariance(setup: Setup) -> Records:
         rows.append(runner.forward(next_tokens(setup.sizes.prompt, [7] * batch))[0])
     same = [torch.equal(rows[0], rows[2]), torch.equal(rows[1], rows[3])]
     yield {"what": "equal bits", "rows": batch, "prefill": same[0], "decode": same[1]}
+    yield {"what": "equal bits, fixed shapes", **_fixed(setup, model, prompts[0], batch)}
+
+
+def _fixed(setup: Setup, model: NativeModel, prompt: list[int], batch: int) -> dict[str, Any]:
+    """What ``--deterministic`` rests on: nothing depends on where a prompt is cut, nor on a row's
+    place in eager and recorded steps."""
+    tokens, half = batch * len(prompt), len(prompt) // 2
+    sizes = {"num_slots": batch, "capacity": len(prompt) + 2, "max_tokens": tokens}
+    runner = FixedRunner(model, **sizes)
+    whole = runner.forward([Segment(0, 0, prompt)])
+    runner.forward([Segment(0, 0, prompt[:half], num_logits=0)])
+    cut = runner.forward([Segment(0, half, prompt[half:])])
+    alike = runner.rows_are_alike() if setup.gpu else None  # on a CPU there is no graph
+    return {"cut": torch.equal(whole, cut), "rows_alike": alike}
 
 
 def train(setup: Setup) -> Records:

@@ -423,6 +423,28 @@ def test_no_line_of_the_recorded_step_asks_a_tensor_for_its_numbers():
     assert not [n for n in nodes if isinstance(n, ast.While | ast.For)]
 
 
+def test_the_host_looks_once_a_visit():
+    """And at the log-probabilities, where somebody wants them; hashing and drawing never look."""
+    folder = SRC / "lorabatch" / "infer"
+    looks = {"tolist", "item", "cpu", "numpy", "nonzero", "synchronize"}
+
+    def found(tree):
+        return sorted(
+            n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in looks
+        )
+
+    trees = {p.stem: ast.parse(p.read_text("utf-8")) for p in (folder / "runners").glob("*.py")}
+    functions = {
+        n.name: n
+        for tree in (*trees.values(), ast.parse((folder / "sampling.py").read_text("utf-8")))
+        for n in ast.walk(tree)
+        if isinstance(n, ast.FunctionDef)
+    }
+    assert found(functions["read"]) == ["tolist"] and found(functions["_report"]) == ["tolist"] * 2
+    assert len(found(trees["graph_rows"])) == 3 and found(trees["graph"]) == []
+    assert not [n for n in ("draws_of", "_shifted", "fixed_places") if found(functions[n])]
+
+
 @pytest.mark.parametrize(
     ("kind", "others"), [(Kind(), 44), (Kind(True), 147), (Kind(True, True, True), 190)], ids=str
 )

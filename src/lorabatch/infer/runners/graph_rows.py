@@ -86,8 +86,9 @@ def _fill_seen(rows: Rows, requests: Sequence[Request]) -> None:
             used[i], pairs = len(counts), pairs.reshape(-1, 2).T
             seen[i] = pairs[:, :1]  # in the places that are not in use
             seen[i, :, : len(counts)] = pairs
-    rows.seen.copy_(torch.from_numpy(seen))
-    rows.seen_count.copy_(torch.from_numpy(used))
+    for memory, values in ((rows.seen, seen), (rows.seen_count, used)):
+        host = torch.from_numpy(values)
+        memory.copy_(host.pin_memory() if memory.is_cuda else host, non_blocking=True)
 
 
 def read(rows: Rows, requests: Sequence[Request], steps: int) -> list[list[int]]:
