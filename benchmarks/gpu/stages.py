@@ -20,9 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from lorabatch.config import TrainConfig
 from lorabatch.corpus.tokens import TokenDocument
+from lorabatch.infer.requests import Request
+from lorabatch.infer.runners.fixed import FixedRunner
 from lorabatch.machine.ceilings import bandwidth
 from lorabatch.machine.device import TYPE_NAMES
-from lorabatch.model.attention import PackedAttention
+from lorabatch.model.attention import PackedAttention, Segment
 from lorabatch.model.cost import training_flops
 from lorabatch.model.lora import AdapterSet, LoraWeights
 from lorabatch.model.lora_settings import LoraSettings
@@ -115,8 +117,8 @@ def _tokens(setup: Setup, model: NativeModel, wide: Any, way: str) -> dict[str, 
         for slot, text in enumerate(texts):
             start = half[slot] if step == 0 else len(text) - 1
             segments += [type(whole_prompts([text])[0])(slot, start, text[start:])]
-        for text, token in zip(texts, runner.step(segments, asked), strict=True):
-            text.append(token)
+        for text, tokens in zip(texts, runner.step(segments, asked), strict=True):
+            text += tokens
     sure = right = 0
     for text, prompt in zip(texts, prompts, strict=True):
         logits = _expected(wide, text)[len(prompt) - 1 : -1].float()
@@ -173,26 +175,24 @@ def _decode(
     sizes = setup.sizes
     length = prompt or sizes.prompt
     asked = requests(batch, **params)
-    owners = [i % len(adapters) for i in range(batch)] if adapters else []
+    owners = [i % len(adapters) for i in range(batch)] if adapters else [-1] * batch
     more = {"adapters": adapters} if adapters else {}
-    runner = setup.runner(model, batch, length + sizes.new + 1, way, **more)
+    runner = setup.runner(model, batch, length + 2 * sizes.new + 1, way, **more)
     prompts = setup.prompts(model, batch, length)
     chunk = max(1, 8192 // length)  # prompts read in one step
     setup.wait()
-    start, tokens = time.perf_counter(), []
+    start = time.perf_counter()
     for at in range(0, batch, chunk):
         segments = whole_prompts(prompts)[at : at + chunk]
-        tokens += runner.step(segments, asked[at : at + chunk])
+        new = runner.step(segments, asked[at : at + chunk])
+        for request, tokens in zip(asked[at:], new, strict=False):
+            request.output_ids += tokens
     prefilled = time.perf_counter()
-    warm_steps = 2
-    for step in range(sizes.new):
-        if step == warm_steps:
-            begin = time.perf_counter()
-        tokens = runner.step(next_tokens(length + step, tokens, owners), asked)
-        for request, token in zip(asked, tokens, strict=True):
-            request.output_ids.append(token)
+    _go_on(runner, asked, length, owners, sizes.new)  # libraries load, steps are recorded
+    begin = time.perf_counter()
+    _go_on(runner, asked, length, owners, sizes.new)
     seconds = time.perf_counter() - begin  # the tokens are on the host: the device is done
-    steps = sizes.new - warm_steps
+    steps = sizes.new
     return {
         "what": "decode",
         "way": way,
@@ -202,6 +202,20 @@ def _decode(
         "ms_a_step": seconds / steps * 1e3,
         "peak_bytes": setup.peak_bytes(),
     }
+
+
+def _go_on(runner: Any, asked: list[Request], length: int, owners: list[int], count: int) -> None:
+    """``count`` more tokens of each request; their prompts were ``length`` tokens long."""
+    for request in asked:
+        request.max_new_tokens = len(request.output_ids) + count
+    while running := [i for i, r in enumerate(asked) if len(r.output_ids) < r.max_new_tokens]:
+        segments = [
+            Segment(i, length + len(ids) - 1, ids[-1:], adapter=owners[i])
+            for i, ids in ((i, asked[i].output_ids) for i in running)
+        ]
+        new = runner.step(segments, [asked[i] for i in running])
+        for i, tokens in zip(running, new, strict=True):
+            asked[i].output_ids += tokens
 
 
 def decode(setup: Setup) -> Records:
@@ -289,6 +303,20 @@ def invariance(setup: Setup) -> Records:
         rows.append(runner.forward(next_tokens(setup.sizes.prompt, [7] * batch))[0])
     same = [torch.equal(rows[0], rows[2]), torch.equal(rows[1], rows[3])]
     yield {"what": "equal bits", "rows": batch, "prefill": same[0], "decode": same[1]}
+    yield {"what": "equal bits, fixed shapes", **_fixed(setup, model, prompts[0], batch)}
+
+
+def _fixed(setup: Setup, model: NativeModel, prompt: list[int], batch: int) -> dict[str, Any]:
+    """What ``--deterministic`` rests on: nothing depends on where a prompt is cut, nor on a row's
+    place in eager and recorded steps."""
+    tokens, half = batch * len(prompt), len(prompt) // 2
+    sizes = {"num_slots": batch, "capacity": len(prompt) + 2, "max_tokens": tokens}
+    runner = FixedRunner(model, **sizes)
+    whole = runner.forward([Segment(0, 0, prompt)])
+    runner.forward([Segment(0, 0, prompt[:half], num_logits=0)])
+    cut = runner.forward([Segment(0, half, prompt[half:])])
+    alike = runner.rows_are_alike() if setup.gpu else None  # on a CPU there is no graph
+    return {"cut": torch.equal(whole, cut), "rows_alike": alike}
 
 
 def train(setup: Setup) -> Records:
@@ -374,8 +402,11 @@ def trace(setup: Setup) -> Records:
     model = setup.native(setup.network(name))
     batch, length = setup.sizes.batches[-2], setup.sizes.prompt
     runner, asked = setup.runner(model, batch, length + 8, setup.ways()[-1]), requests(batch)
-    tokens = runner.step(whole_prompts(setup.prompts(model, batch, length)), asked)
-    tokens = runner.step(next_tokens(length, tokens), asked)
+    first = runner.step(whole_prompts(setup.prompts(model, batch, length)), asked)
+    for request, tokens in zip(asked, first, strict=True):
+        request.output_ids += tokens
+    owners = [-1] * batch
+    _go_on(runner, asked, length, owners, 1)
     config = TrainConfig()
     trainable = Trainable(
         model.attach(LoraSettings(), seed=0), config, fp16=setup.dtype == torch.float16
@@ -385,8 +416,7 @@ def trace(setup: Setup) -> Records:
     model.detach()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if setup.gpu else [])
     with profile(activities=activities) as profiler:
-        for step in range(1, 4):
-            tokens = runner.step(next_tokens(length + step, tokens), asked)
+        _go_on(runner, asked, length, owners, 3)
         setup.wait()
     profiler.export_chrome_trace(str(setup.out / "trace.json.gz"))
     sort = "self_device_time_total" if setup.gpu else "self_cpu_time_total"

@@ -232,7 +232,8 @@ class InferConfig(Settings, command="infer"):
     deterministic: bool = setting(
         False,
         "a request's tokens never depend on its batch: always so in the CPU kernels, "
-        "elsewhere one request at a time where sums require it",
+        "elsewhere by steps of one shape (NVIDIA GPUs) or one request at a time where sums "
+        "require it",
     )
     output_order: str = setting(
         "finished", "order of completions.jsonl", choices=("finished", "input")

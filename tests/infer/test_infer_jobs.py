@@ -19,8 +19,12 @@ from support.models import (
 )
 from support.paths import SAMPLE
 from support.processes import ENVIRONMENT, python
+from support.tape import Tape
 
 from lorabatch.cli import main
+from lorabatch.infer import passes
+from lorabatch.infer.runners.fixed import FixedRunner
+from lorabatch.infer.runners.graph import GraphRunner
 from lorabatch.infer.runners.program import unsupported
 from lorabatch.records import read_jsonl
 
@@ -304,6 +308,35 @@ def test_deterministic_says_what_it_costs(tiny_llama_dir, tiny_neox_dir, tmp_pat
         assert json.loads((tmp_path / name / "metrics.json").read_text())["max_running"] == at_once
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_deterministic_on_a_gpu_keeps_shapes(alike, tiny_llama_dir, tmp_path, capsys, monkeypatch):
+    """On a tape, with everything that makes a CPU deterministic by itself denied."""
+    made = []
+
+    def recorded(model, *, fixed, quantize, max_tokens, **sizes):
+        more = {"max_tokens": max_tokens} if fixed else {}
+        kind = FixedRunner if fixed else GraphRunner
+        made.append(kind(model, record=Tape, **sizes, **more))
+        return made[-1]
+
+    monkeypatch.setattr("lorabatch.kernels.train_ops._train_ops", lambda dtype: None)
+    monkeypatch.setattr(passes, "unsupported", lambda *_: "denied")
+    monkeypatch.setattr(passes, "rows_are_independent", lambda _: False)
+    monkeypatch.setattr(passes, "records_steps", lambda _: True)
+    monkeypatch.setattr(passes, "make_runner", recorded)
+    if not alike:
+        monkeypatch.setattr(FixedRunner, "rows_are_alike", lambda _: False)
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": f"bed {i}"} for i in range(5)])
+    flags = infer_flags(tiny_llama_dir, prompts, tmp_path / "o", "--deterministic")
+    assert main([*flags, "--max_new_tokens", "4"]) == 0
+    said = capsys.readouterr()
+    assert "the shapes of a full one" in said.out
+    assert ("equal rows differ on this GPU" in said.err) == (not alike)
+    assert type(made[-1]) is (FixedRunner if alike else GraphRunner)
+    metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert metrics["completed"] == 5 and metrics["max_running"] == (5 if alike else 1)
+
+
 # What survives
 
 
@@ -367,6 +400,56 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(tiny_llama_dir, tmp_path):
         and len(texts(tmp_path / "whole")) == count
     )
     assert json.loads((tmp_path / "killed" / "metrics.json").read_text())["failed"] == 1
+
+
+ON_A_TAPE = """
+from pathlib import Path
+from support.tape import Tape
+from lorabatch.infer import passes
+from lorabatch.infer.runners.graph import GraphRunner
+from lorabatch.kernels import train_ops
+from lorabatch.kernels.onednn import Dense
+from lorabatch.model import linear
+
+class Counted(Tape):
+    def replay(self):
+        super().replay()
+        Path({marks!r}).open("a").write(".")
+
+def recorded(model, *, num_slots, capacity, adapters, **_):
+    return GraphRunner(
+        model, num_slots=num_slots, capacity=capacity, adapters=adapters, record=Counted
+    )
+
+train_ops._train_ops, passes.make_runner = lambda dtype: None, recorded
+linear.packed_product = Dense  # a tape cannot see oneDNN's memory
+"""
+
+
+@pytest.mark.slow
+def test_kills_of_recorded_steps_lose_nothing_either(tiny_llama_dir, tmp_path):
+    """Against a whole run of this machine's own runner."""
+    count = 240
+    rows = [
+        {
+            "id": f"r{i}",
+            "prompt": f"Patient {i} reports",
+            "temperature": 0.8 * (i % 2),
+            "frequency_penalty": 0.5 * (i % 3),
+            "max_new_tokens": 1 + i % 23,
+        }
+        for i in range(count)
+    ]
+    prompts = write_rows(tmp_path / "p.jsonl", rows)
+    argv = infer_flags(tiny_llama_dir, prompts, tmp_path / "killed", "--batch_size", 16)
+    path = str(tmp_path / "killed" / "completions.jsonl")
+    before = ON_A_TAPE.format(marks=str(tmp_path / "marks"))
+    result = python(before + KILLER.format(argv=argv, path=path, count=count, kills=3))
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert (tmp_path / "marks").stat().st_size > 100, "steps were recorded"
+    assert main(infer_flags(tiny_llama_dir, prompts, tmp_path / "whole", "--batch_size", 16)) == 0
+    assert texts(tmp_path / "killed") == texts(tmp_path / "whole")
+    assert len(texts(tmp_path / "whole")) == count
 
 
 @pytest.mark.slow

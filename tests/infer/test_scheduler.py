@@ -30,9 +30,10 @@ def make(index, shape):
     st.integers(1, 80),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
 def test_every_request_runs_to_its_end_in_dense_slots(
-    shapes, max_running, budget, static, longest_first
+    shapes, max_running, budget, static, longest_first, apart
 ):
     requests = [make(i, shape) for i, shape in enumerate(shapes)]
     source = iter(requests)
@@ -41,6 +42,7 @@ def test_every_request_runs_to_its_end_in_dense_slots(
         max_running=max_running,
         prefill_tokens=budget,
         static=static,
+        apart=apart,
         order="longest" if longest_first else "arrival",
     )
     held = {}  # what a cache would hold: slot -> tokens
@@ -61,7 +63,10 @@ def test_every_request_runs_to_its_end_in_dense_slots(
         )
         assert static or sum(p.stop - p.start for p in batch.chunks if p.is_prompt) <= budget
         decoding = [r for r in scheduler.running if r.output_ids]
-        assert {r.id for r in decoding} <= {p.request.id for p in batch.chunks}, (
+        read = {p.request.id for p in batch.chunks}
+        if apart:
+            assert len({p.is_prompt for p in batch.chunks}) == 1
+        assert {r.id for r in decoding} <= read or (apart and batch.prompt_tokens), (
             "who generates gets a token in every step"
         )
         for chunk in batch.chunks:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lorabatch.corpus.tokens import Tokenizer
 from lorabatch.infer.requests import Request, SamplingParams
+from lorabatch.model.functional import NO_TOKEN
 from lorabatch.spans import spanned
 
 # a stop string may begin this many tokens plus its length before the newest one
@@ -17,6 +18,18 @@ class Endings:
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Iterable[int]) -> None:
         self._tokenizer, self._eos_ids = tokenizer, frozenset(eos_ids)
+
+    def plain(self, request: Request, tokens: Sequence[int]) -> int:
+        """How many of these tokens, from the first on, nobody has to look at one by one: they
+        neither end the request nor could."""
+        params = request.params
+        if params.stop or request.constraint is not None or NO_TOKEN in tokens:
+            return 0
+        ended = not (
+            self._eos_ids.isdisjoint(tokens) and set(params.stop_token_ids).isdisjoint(tokens)
+        )
+        room = request.max_new_tokens - len(request.output_ids) - 1
+        return 0 if ended else min(len(tokens), room)
 
     def is_done(self, request: Request) -> bool:
         """Whether the newest token is the last one; then the request has its text and its

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from itertools import islice
 
 from lorabatch.corpus.tokens import Tokenizer
 from lorabatch.infer.endings import Endings
@@ -64,7 +63,10 @@ class Engine:
             batch = scheduler.next_batch()
             if scheduler.waiting:
                 stats.count_waiting(
-                    batch, max_running=self._max_running, prefill_tokens=self._prefill_tokens
+                    batch,
+                    running=len(scheduler.running),
+                    max_running=self._max_running,
+                    prefill_tokens=self._prefill_tokens,
                 )
             tokens = self._step(batch, stats)
             yielding = [chunk.request for chunk in batch.chunks if chunk.yields_token]
@@ -84,6 +86,7 @@ class Engine:
             max_running=self._max_running,
             prefill_tokens=self._prefill_tokens,
             static=self._runner.static,
+            apart=self._runner.apart,
             order=self._order,
         )
 
@@ -95,13 +98,11 @@ class Engine:
             request.submitted_s, request.started_s = stats.begin_s, start
         self._copy(batch.copies)
         segments = [self._segment(chunk) for chunk in batch.chunks]
-        chosen = iter(self._runner.step(segments, [chunk.request for chunk in batch.chunks]))
-        tokens = [
-            _accepted(s, list(islice(chosen, s.num_logits)), stats)
-            for s in segments
-            if s.num_logits
-        ]
-        stats.count_step(batch, segments, sum(map(len, tokens)), time.perf_counter() - start)
+        tokens = self._runner.step(segments, [chunk.request for chunk in batch.chunks])
+        if self._speculate:
+            wanting = (segment for segment in segments if segment.num_logits)
+            tokens = [_accepted(s, new, stats) for s, new in zip(wanting, tokens, strict=True)]
+        stats.count_step(batch, segments, tokens, time.perf_counter() - start)
         return tokens
 
     def _copy(self, copies: Iterable[Copy]) -> None:
@@ -121,6 +122,8 @@ class Engine:
                 num_logits=int(chunk.yields_token),
             )
         token_ids = request.output_ids[-1:]
+        if not self._speculate:
+            return Segment(request.slot, chunk.start, token_ids, request.adapter_row)
         room = min(self._speculate, request.max_new_tokens - len(request.output_ids) - 1)
         if room > 0 and request.likeliest:
             request.lookup = request.lookup or Lookup()
@@ -140,29 +143,35 @@ class Engine:
     ) -> list[Request]:
         """Append the tokens of each request; returns those that are done."""
         now = time.perf_counter()
-        finished = [
+        return [
             request
             for request, new in zip(yielding, tokens, strict=True)
             if self._append(request, new, now, stats)
         ]
-        for request in yielding:
-            request.cached = request.num_tokens - 1
-        return finished
 
     def _append(self, request: Request, tokens: list[int], now: float, stats: PassStats) -> bool:
         """Whether the request ends with one of them; those behind it do not count."""
+        output_ids = request.output_ids
+        plain = self._endings.plain(request, tokens) if len(tokens) > 1 and output_ids else 0
+        if plain:  # those that arrive together have no gap between them
+            stats.gaps_s.extend([now - request.last_token_s, *[0.0] * (plain - 1)])
+            output_ids += tokens[:plain]
+            request.last_token_s = now
+            tokens = tokens[plain:]
         for token_id in tokens:
             if token_id == NO_TOKEN:
                 self._refuse(request)
                 return True
-            request.output_ids.append(token_id)
-            if len(request.output_ids) == 1:
-                request.first_token_s = now
-            else:
+            if output_ids:
                 stats.gaps_s.append(now - request.last_token_s)
+            else:
+                request.first_token_s = now
+            output_ids.append(token_id)
             request.last_token_s = now
             if self._endings.is_done(request):
+                del request.logprobs[len(output_ids) :]
                 return True
+        request.cached = len(request.token_ids) + len(output_ids) - 1
         return False
 
     def _refuse(self, request: Request) -> None:
@@ -178,6 +187,8 @@ class Engine:
 def _accepted(segment: Segment, chosen: list[int], stats: PassStats) -> list[int]:
     """The chosen tokens up to and with the first that contradicts the guess behind it."""
     guesses = segment.token_ids[-segment.num_logits :][1:]
+    if not guesses:
+        return chosen
     right = next((i for i, guess in enumerate(guesses) if guess != chosen[i]), len(guesses))
     stats.guessed_tokens += len(guesses)
     stats.accepted_tokens += right

@@ -138,10 +138,9 @@ class Feed:
 
     def _set_endings(self, request: Request) -> None:
         params = request.params
-        if params.min_new_tokens:
-            eos_ids = () if params.ignore_eos else self._loaded.eos_ids
-            known = range(self._loaded.model.vocab_size)
-            request.ending_ids = tuple(i for i in {*eos_ids, *params.stop_token_ids} if i in known)
+        eos_ids = () if params.ignore_eos else self._loaded.eos_ids
+        known = range(self._loaded.model.vocab_size)
+        request.ending_ids = tuple(i for i in {*eos_ids, *params.stop_token_ids} if i in known)
 
     def _constrain(self, request: Request) -> None:
         """A grammar that the tokenizer cannot follow is the request's error."""

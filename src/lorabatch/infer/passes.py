@@ -21,8 +21,9 @@ from lorabatch.infer.metrics import Pass, add_request, run_metrics
 from lorabatch.infer.prompts import PromptFile
 from lorabatch.infer.requests import Request
 from lorabatch.infer.results import Results
-from lorabatch.infer.runners import make_runner
+from lorabatch.infer.runners import make_runner, records_steps
 from lorabatch.infer.runners.base import HiddenRunner
+from lorabatch.infer.runners.fixed import FixedRunner
 from lorabatch.infer.runners.program import unsupported
 from lorabatch.infer.stats import PassStats
 from lorabatch.kernels.onednn import rows_are_independent
@@ -50,6 +51,7 @@ class Passes:
         self._order = (
             config.order if config.order != "auto" else "adapter" if loaded.adapters else "arrival"
         )
+        self._fixed = False  # whether a GPU's steps all have the same shapes
         self._engine: Engine | None = None
         self._runner: HiddenRunner | None = None  # of the engine
 
@@ -134,6 +136,12 @@ class Passes:
                     "deterministic: on this CPU it always is, at no cost; a request's tokens are "
                     "the same in any batch"
                 )
+        elif deterministic and records_steps(model):
+            print(
+                "deterministic: every step has the shapes of a full one, so that sums do not "
+                "depend on the batch; no --speculate"
+            )
+            self._fixed = True
         elif deterministic:
             print(
                 "deterministic: one request at a time, because sums depend on the batch here (as "
@@ -266,7 +274,14 @@ class Passes:
             max_tokens=config.prefill_tokens + self.num_slots,
             quantize=config.quantize,
             adapters=loaded.adapters,
+            fixed=self._fixed,
         )
+        if isinstance(self._runner, FixedRunner) and not self._runner.rows_are_alike():
+            note(
+                "deterministic: equal rows differ on this GPU: continuing with one request at once"
+            )
+            self._fixed, self.num_slots = False, 1
+            return self._new_engine()
         return Engine(
             self._runner,
             loaded.tokenizer,
@@ -274,7 +289,7 @@ class Passes:
             max_running=self.num_slots,
             prefill_tokens=config.prefill_tokens,
             order=self._order,
-            speculate=config.speculate,
+            speculate=0 if self._fixed else config.speculate,
         )
 
     def _fit_cache(self) -> None:

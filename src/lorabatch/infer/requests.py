@@ -96,7 +96,7 @@ class Request:
     grammar: str | None = None  # that its text must follow
     constraint: Constraint | None = None  # of the grammar, as far as the text has come
     kept: Record | None = None  # fields of its row that go into its record
-    ending_ids: tuple[int, ...] = ()  # tokens that must not come before params.min_new_tokens
+    ending_ids: tuple[int, ...] = ()  # that end it, but not before params.min_new_tokens
     adapter_row: int = -1  # its place among --adapters
     slot: int = -1
     cached: int = 0  # tokens that the slot holds

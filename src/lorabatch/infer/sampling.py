@@ -43,6 +43,28 @@ def uniform(seed: int, step: int, sample: int = 0) -> float:
     return (state >> 11) / (1 << 53)
 
 
+def draws_of(seed: Tensor, step: Tensor, sample: Tensor) -> Tensor:
+    """``uniform`` of int64 tensors [n] -> float64 [n], bit for bit: two's complement wraps as the
+    masks do."""
+    state = seed
+    for word in (step, sample + signed(0x5851F42D4C957F2D)):
+        state = state + signed(0x9E3779B97F4A7C15) + word * signed(0xD1342543DE82EF95)
+        state = (state ^ _shifted(state, 30)) * signed(0xBF58476D1CE4E5B9)
+        state = (state ^ _shifted(state, 27)) * signed(0x94D049BB133111EB)
+        state = state ^ _shifted(state, 31)
+    return _shifted(state, 11).to(torch.float64) / (1 << 53)
+
+
+def signed(word: int) -> int:
+    """The same 64 bits as an int64."""
+    return (word & _MASK) - ((word & 1 << 63) << 1)
+
+
+def _shifted(state: Tensor, count: int) -> Tensor:
+    """To the right, zeros from the left."""
+    return (state >> count) & ((1 << (64 - count)) - 1)
+
+
 class Head(Protocol):
     """What turns hidden states [n, H] into logits [n, V], or into the likeliest tokens without
     anybody seeing logits."""
@@ -146,7 +168,7 @@ def penalised(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     factors: list[float] = []
     terms: list[float] = []
     for i in affected:
-        params, counts = requests[i].params, _counts(requests[i])
+        params, counts = requests[i].params, counts_of(requests[i])
         rows += [i] * len(counts)
         ids += counts
         factors += [params.repetition_penalty] * len(counts)
@@ -167,7 +189,7 @@ def penalised(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return logits
 
 
-def _counts(request: Request) -> dict[int, int]:
+def counts_of(request: Request) -> dict[int, int]:
     """How often each token id of prompt or completion was generated; kept with the request and
     brought up to date."""
     counts = request.counts

@@ -17,10 +17,11 @@ it is there. Exact: what a position holds depends on the tokens up to it and on 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from lorabatch.infer.requests import Request
 
@@ -33,22 +34,18 @@ SORT_KEYS: dict[str, Callable[[Request], int]] = {
 LOOKAHEAD = {"longest": 1024, "adapter": 16384}
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens ``start:stop`` of a request's prompt and completion, read in this step."""
+class Chunk(NamedTuple):  # one a row and step: a frozen dataclass costs twice as much
+    """Tokens ``start:stop`` of a request's prompt and completion, read in this step.
+
+    ``is_prompt``: they begin in the prompt. ``yields_token``: they end with the newest token, so
+    that the next one can be chosen.
+    """
 
     request: Request
     start: int
     stop: int
-
-    @property
-    def is_prompt(self) -> bool:
-        return self.start < len(self.request.token_ids)
-
-    @property
-    def yields_token(self) -> bool:
-        """Whether it ends with the newest token, so that the next one can be chosen."""
-        return self.stop == self.request.num_tokens
+    is_prompt: bool
+    yields_token: bool
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,7 @@ class Batch:
     chunks: tuple[Chunk, ...]
     copies: tuple[Copy, ...]
     admitted: tuple[Request, ...]  # have a slot since this step
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(chunk.stop - chunk.start for chunk in self.chunks if chunk.is_prompt)
+    prompt_tokens: int
 
 
 class Scheduler:
@@ -85,7 +79,8 @@ class Scheduler:
     ``order``: "longest" first, or one "adapter" after the other, so that a step reads few of them.
 
     ``static``: admit only when nothing runs, and whole prompts (for models whose cache cannot take
-    newcomers).
+    newcomers). ``apart``: a step reads prompts or decodes, prompts first (where several steps of
+    decoding follow one another at the price of one with a prompt).
     """
 
     def __init__(
@@ -95,11 +90,14 @@ class Scheduler:
         max_running: int,
         prefill_tokens: int,
         static: bool = False,
+        apart: bool = False,
         order: str = "arrival",
     ) -> None:
-        self._source = iter(requests)
+        self._source, self._apart = iter(requests), apart
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # index = slot
+        # those of one adapter and first MIN_SHARED tokens
+        self._alike: defaultdict[object, list[Request]] = defaultdict(list)
         self._max_running, self._prefill_tokens, self._static, self._order = (
             max_running,
             prefill_tokens,
@@ -116,21 +114,28 @@ class Scheduler:
         """The requests' ``cached`` counts what their slots hold once the step is done."""
         num_before = len(self.running)
         copies = self._admit()
-        chunks, budget = [], self._prefill_tokens
+        chunks, prompt_tokens = [], 0
+        reading = self._apart and any(r.cached < len(r.token_ids) for r in self.running)
         for request in self.running:
-            start, stop = request.cached, request.num_tokens
-            if start < len(request.token_ids) and not self._static:
-                stop = min(stop, start + budget)
-                budget -= stop - start
+            start, prompt = request.cached, len(request.token_ids)
+            end = stop = prompt + len(request.output_ids)
+            if start < prompt:
+                if not self._static:
+                    stop = min(stop, start + self._prefill_tokens - prompt_tokens)
+                prompt_tokens += stop - start
+            elif reading:
+                continue
             if stop > start:
-                chunks.append(Chunk(request, start, stop))
+                chunks.append(Chunk(request, start, stop, start < prompt, stop == end))
                 request.cached = stop
-        return Batch(tuple(chunks), tuple(copies), tuple(self.running[num_before:]))
+        admitted = tuple(self.running[num_before:])
+        return Batch(tuple(chunks), tuple(copies), admitted, prompt_tokens)
 
     def _admit(self) -> list[Copy]:
         """Fill free slots while the prompts that are being read leave some of the step's budget."""
         copies: list[Copy] = []
-        if self._static and self.running:
+        full = len(self.running) == self._max_running
+        if not self.waiting or full or (self._static and self.running):
             return copies
         unread = sum(max(0, len(r.token_ids) - r.cached) for r in self.running)
         passed = []
@@ -150,6 +155,7 @@ class Scheduler:
                 if donor is not None:
                     copies.append(Copy(donor.slot, request.slot, request.cached))
                 self.running.append(request)
+                self._alike[_beginning(request)].append(request)
                 unread += len(request.token_ids) - request.cached
                 self._refill(passed=len(passed))
         self.waiting.extendleft(reversed(passed))
@@ -161,15 +167,11 @@ class Scheduler:
         donor, now, soon = None, 0, 0
         # the last token is read in any case: its result is wanted
         own, most = request.token_ids, len(request.token_ids) - 1
-        for other in self.running:
-            if (
-                other.adapter == request.adapter
-                and other.token_ids[:MIN_SHARED] == own[:MIN_SHARED]
-            ):
-                common = min(common_length(own, other.token_ids), most)
-                soon = max(soon, common)
-                if min(common, other.cached) > max(now, MIN_SHARED - 1):
-                    donor, now = other, min(common, other.cached)
+        for other in self._alike.get(_beginning(request), ()):
+            common = min(common_length(own, other.token_ids), most)
+            soon = max(soon, common)
+            if min(common, other.cached) > max(now, MIN_SHARED - 1):
+                donor, now = other, min(common, other.cached)
         return donor, now, soon
 
     def _refill(self, passed: int = 0) -> None:
@@ -188,6 +190,7 @@ class Scheduler:
         copies = []
         for request in sorted(finished, key=lambda r: -r.slot):
             last = self.running.pop()
+            self._forget(request)
             if last is not request:
                 copies.append(
                     Copy(
@@ -201,6 +204,17 @@ class Scheduler:
                 self.running[request.slot] = last
             request.slot = -1
         return copies
+
+    def _forget(self, request: Request) -> None:
+        key = _beginning(request)
+        self._alike[key] = [other for other in self._alike[key] if other is not request]
+        if not self._alike[key]:
+            del self._alike[key]
+
+
+def _beginning(request: Request) -> object:
+    """Requests with equal ones may share what their slots hold."""
+    return request.adapter, tuple(request.token_ids[:MIN_SHARED])
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

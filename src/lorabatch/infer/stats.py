@@ -38,24 +38,41 @@ class PassStats:
     gaps_s: array[float] = field(default_factory=lambda: array("d"))
 
     def count_step(
-        self, batch: Batch, segments: Sequence[Segment], num_tokens: int, seconds: float
+        self,
+        batch: Batch,
+        segments: Sequence[Segment],
+        tokens: Sequence[Sequence[int]],
+        seconds: float,
     ) -> None:
-        """num_tokens: that the step yielded."""
+        """tokens: that the step yielded, by segment."""
         self.shared_tokens += sum(copy.length for copy in batch.copies)
         if batch.prompt_tokens:
             self.prefill_s += seconds
             self.prefill_steps += 1
             self.prefill_tokens += batch.prompt_tokens
         else:
+            steps, read = self._steps(segments, tokens)
             self.decode_s += seconds
-            self.decode_steps += 1
-            self.decode_tokens += num_tokens
-            self.decode_kv_tokens += sum(segment.start for segment in segments)
-            self.decode_adapters += len({segment.adapter for segment in segments} - {-1})
+            self.decode_steps += steps
+            self.decode_tokens += sum(map(len, tokens))
+            self.decode_kv_tokens += read
+            self.decode_adapters += steps * len({segment.adapter for segment in segments} - {-1})
 
-    def count_waiting(self, batch: Batch, *, max_running: int, prefill_tokens: int) -> None:
+    @staticmethod
+    def _steps(segments: Sequence[Segment], tokens: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """(steps of the model, cached tokens that they read): tokens beyond those that a segment
+        asked for are steps of their own."""
+        if max(map(len, tokens), default=0) <= 1:
+            return 1, sum(segment.start for segment in segments)
+        more = [max(0, len(t) - s.num_logits) for s, t in zip(segments, tokens, strict=True)]
+        read = (s.start * (1 + n) + n * (n + 1) // 2 for s, n in zip(segments, more, strict=True))
+        return 1 + max(more), sum(read)
+
+    def count_waiting(
+        self, batch: Batch, *, running: int, max_running: int, prefill_tokens: int
+    ) -> None:
         """How full a step is while requests wait: what is left free then is lost."""
-        slots = len(batch.chunks) / max_running
+        slots = running / max_running
         self.waiting_steps += 1
         self.waiting_slots += slots
         self.waiting_fill += max(slots, min(batch.prompt_tokens / prefill_tokens, 1.0))

@@ -30,9 +30,9 @@ class Attention(Protocol):
         """q [T, N, D], k and v [T, K, D] -> [T, N * D]."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # one a row and step: frozen, it would take three times as long to make
 class Segment:
-    """Consecutive new tokens of one running sequence in one step of inference."""
+    """Consecutive new tokens of one running sequence in one step of inference; never changed."""
 
     slot: int
     start: int  # tokens of the sequence that its slot holds already

@@ -16,6 +16,7 @@ from lorabatch.errors import UnavailableError
 from lorabatch.infer.requests import Request
 from lorabatch.infer.runners.base import HiddenRunner
 from lorabatch.infer.runners.eager import NativeRunner
+from lorabatch.infer.runners.fixed import FixedRunner
 from lorabatch.infer.runners.graph import GraphRunner
 from lorabatch.infer.runners.hf import HfRunner
 from lorabatch.infer.runners.program import unsupported
@@ -37,13 +38,14 @@ class Runner(Protocol):
 
     # admits a new batch only when the old one is done; takes whole prompts, then single tokens
     static: bool
+    apart: bool  # a step reads prompts or decodes, see ``Scheduler``
 
-    def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[int]:
+    def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[list[int]]:
         """Read the tokens of all segments into their slots and choose what follows the last
         ``num_logits`` of each.
 
         segments: new tokens of some slots: prompts, pieces of them, single tokens, mixed. requests:
-        whose they are. Returns the chosen tokens of all segments in turn; NO_TOKEN where the
+        whose they are. Returns the chosen tokens of each segment that wants any; NO_TOKEN where the
         model's numbers are not finite.
         """
 
@@ -63,9 +65,10 @@ def make_runner(
     max_tokens: int,
     quantize: str = "none",
     adapters: Sequence[LoraWeights] = (),
+    fixed: bool = False,
 ) -> HiddenRunner:
-    """The fastest runner of this machine for this model. UnavailableError if ``quantize`` needs
-    kernels that are not there."""
+    """The fastest runner of this machine for this model; fixed: where it records its steps, with
+    shapes that never change. UnavailableError if ``quantize`` needs kernels that are not there."""
     if isinstance(model, HfModel):
         return HfRunner(model)
     assert isinstance(model, NativeModel)
@@ -78,10 +81,21 @@ def make_runner(
             quantize=quantize,
             adapters=adapters,
         )
-    kind = operator_for(model.decoder.device, model.decoder.dtype, model.spec.head_dim)
-    if model.decoder.device.type == "cuda" and kind != LOOP:
+    if not records_steps(model):
+        return NativeRunner(model, num_slots=num_slots, capacity=capacity, adapters=adapters)
+    if not fixed:
         return GraphRunner(model, num_slots=num_slots, capacity=capacity, adapters=adapters)
-    return NativeRunner(model, num_slots=num_slots, capacity=capacity, adapters=adapters)
+    return FixedRunner(
+        model, num_slots=num_slots, capacity=capacity, max_tokens=max_tokens, adapters=adapters
+    )
+
+
+def records_steps(model: Model) -> bool:
+    """Whether a model is on a GPU that replays recorded steps."""
+    if not isinstance(model, NativeModel) or model.decoder.device.type != "cuda":
+        return False
+    decoder = model.decoder
+    return operator_for(decoder.device, decoder.dtype, model.spec.head_dim) != LOOP
 
 
 def programmed(

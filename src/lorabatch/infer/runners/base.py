@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class HiddenRunner(ABC):
     """What the runners have in common that make hidden states in one call. Shapes: n wanted rows, H
     hidden size, V vocabulary."""
 
-    static = False
+    static = apart = False
 
     @abstractmethod
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -71,7 +72,7 @@ class HiddenRunner(ABC):
         targets = torch.tensor(token_ids[1:], device=logits.device)
         return row_losses(logits, targets), logits.argmax(dim=-1)
 
-    def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[int]:
+    def step(self, segments: Sequence[Segment], requests: Sequence[Request]) -> list[list[int]]:
         """As ``Runner.step``."""
         # Tokens of a completion are all wanted, those that speculation guessed too; of a prompt at
         # most the last.
@@ -84,4 +85,5 @@ class HiddenRunner(ABC):
             for _ in range(segment.num_logits)
         ]
         with span("choose token"):
-            return choose(self, hidden, owners) if owners else []
+            chosen = iter(choose(self, hidden, owners) if owners else [])
+            return [list(islice(chosen, s.num_logits)) for s in segments if s.num_logits]

@@ -52,9 +52,11 @@ Update = tuple[int, Part, Tensor, Tensor]
 @dataclass
 class RowGroups:
     """The rows of each adapter in the step that runs. One object that all layers look at.
-    ``stacked``: all adapters may be one product."""
+    ``stacked``: all adapters may be one product; ``apart_from``: rows of each from which they are
+    not, None: always."""
 
     stacked: bool = False
+    apart_from: int | None = ROWS_APART
     spans: list[tuple[int, slice]] = field(default_factory=list)
     of_row: Tensor | None = None  # [T, 1]: each row's adapter, where all are one product
 
@@ -62,7 +64,8 @@ class RowGroups:
         """segments: sorted by adapter."""
         self._find_spans(segments)
         rows = [segment.adapter for segment in segments for _ in segment.token_ids]
-        apart = not self.stacked or len(rows) >= ROWS_APART * len(self.spans)
+        few = self.apart_from is None or len(rows) < self.apart_from * len(self.spans)
+        apart = not (self.stacked and few)
         self.of_row = None if apart else ints(rows, device, torch.long)[:, None]
 
     def _find_spans(self, segments: Sequence[Segment]) -> None:
