@@ -207,9 +207,12 @@ def _mean_gradient(
     step, grad, scaler = trainable.state.step + 1, trainable.adapters.grad, trainable.scaler
     while True:
         scale = trainable.scale
-        loss = _gradient_sum(model, trainable, documents, ranks) / targets
+        loss_sum = _gradient_sum(model, trainable, documents, ranks)
         grad.div_(targets * scale)
-        norm = float(torch.linalg.vector_norm(grad))
+        length = torch.linalg.vector_norm(grad)
+        # the step's only wait for the device
+        total, norm = torch.stack([loss_sum.to(length), length]).tolist()
+        loss = total / targets
         if math.isfinite(loss) and math.isfinite(norm):
             if scaler:
                 scaler.good()
@@ -225,9 +228,9 @@ def _mean_gradient(
 
 def _gradient_sum(
     model: Backend, trainable: Trainable, documents: Sequence[TokenDocument], ranks: Ranks
-) -> float:
+) -> Tensor:
     """Leave the gradient of the documents' loss sum, of all ranks, in the adapters' buffer; that
-    sum.
+    sum, on the device.
 
     Repeated in smaller blocks where memory did not suffice.
     """
@@ -247,18 +250,18 @@ def _gradient_sum(
         both = ranks.sum_(torch.cat([adapters.grad, loss_sum.to(adapters.grad).view(1)]))
         adapters.grad.copy_(both[:-1])
         loss_sum = both[-1]
-    return float(loss_sum)  # the step's host synchronisation
+    return loss_sum
 
 
 def _backward(
     model: Backend, trainable: Trainable, documents: Sequence[TokenDocument], ranks: Ranks
 ) -> Tensor:
-    loss_sum = torch.zeros(())
+    loss_sum = torch.zeros((), device=trainable.adapters.grad.device)
     for token_ids, targets, counts in rank_blocks(documents, trainable.block_tokens, ranks):
         with span("forward"):
             loss = model.loss_sum(token_ids, targets) * float(counts)
         # of the sum: dividing each token's share first would lose it in fp16
         with span("backward"):
             (loss * trainable.scale).backward()
-        loss_sum = loss_sum + loss.detach().cpu()
+        loss_sum = loss_sum + loss.detach()
     return loss_sum
