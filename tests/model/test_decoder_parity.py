@@ -337,6 +337,18 @@ SPANS = [((2, 4),), 2, ((3, 9), (20, 21), (38, 40)), 1]  # of conversations, amo
 HF_LENGTHS = [5, 3, 40, 17]
 
 
+def test_hf_makes_logits_where_a_supervised_token_follows(tiny_neox_dir):
+    model, shapes = hf_model(tiny_neox_dir), []
+    head = model.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[:2]))
+    ids = random_ids([12, 20, 9])
+    got = model.loss_sum(ids, [10, 17, 8])
+    assert shapes == [(3, 6)], "places 9, 10, 16, 17, 18 and 7 of 20: those that some row needs"
+    model._takes_few_logits = False
+    torch.testing.assert_close(got, model.loss_sum(ids, [10, 17, 8]))
+    assert shapes[1] == (3, 20)
+
+
 def test_hf_loss_and_gradient_equal_a_reference(tiny_neox_dir):
     model = hf_model(tiny_neox_dir)
     adapters = model.attach(LoraSettings(r=4, alpha=8.0, target_modules=("all-linear",)), seed=0)

@@ -86,6 +86,13 @@ def test_adapted_product_equals_plain_autograd(adapted, bias, prepack, dtype, to
     compare_with_plain(layer, dtype=dtype, tolerance=tolerance)
 
 
+@TYPES
+def test_memory_that_held_anything_gives_the_same_gradients(dtype, monkeypatch):
+    """Sums of adapters are written over what was in their place."""
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, float("nan")))
+    compare_with_plain(make_layer((0, 1, 2), dtype=dtype), dtype=dtype, tolerance=1e-2)
+
+
 def test_adapters_learn_when_the_input_needs_no_gradient():
     got, x_grad = compare_with_plain(
         make_layer((0, 2)), dtype=torch.float32, input_needs_grad=False, tolerance=1e-6

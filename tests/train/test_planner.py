@@ -6,10 +6,11 @@ import math
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import NATIVE_TYPES, native, random_ids, tiny_model
+from support.models import NATIVE_TYPES, native, random_ids, tiny_corpus, tiny_model
 from support.processes import ENVIRONMENT
 
 from lorabatch.config import TrainConfig
@@ -22,9 +23,18 @@ from lorabatch.model.lora import LoraSettings
 from lorabatch.model.loss import CHUNK_ELEMENTS, LossTerms
 from lorabatch.train import planner
 from lorabatch.train.loop import train_step
-from lorabatch.train.planner import HEADROOM, Kept, halved, kept_by, plan, step_bytes
+from lorabatch.train.planner import (
+    HEADROOM,
+    Kept,
+    halved,
+    kept_by,
+    plan,
+    step_bytes,
+    within_memory,
+)
 from lorabatch.train.ranks import ALONE
 from lorabatch.train.state import Trainable
+from lorabatch.train.validation import evaluate
 
 
 def learner_of(config, *, targets=("all-linear",)):
@@ -97,7 +107,7 @@ def test_out_of_memory_repeats_the_step_in_smaller_blocks(capsys):
     assert calls[0] == 56 and max(calls[1:]) <= 32 and learner.block_tokens == 32
     assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6) and record["step"] == 1
     torch.testing.assert_close(learner.adapters.flat.detach(), wanted, rtol=0, atol=2e-5)
-    assert "blocks of 64 tokens: the step is repeated with blocks of 32" in capsys.readouterr().err
+    assert "blocks of 64 tokens: repeated with blocks of 32" in capsys.readouterr().err
     with pytest.raises(TrainingError, match="one document at a time"):
         halved(8, documents(), MemoryError())
     assert not out_of_memory(RuntimeError("shape mismatch")) and out_of_memory(
@@ -192,6 +202,7 @@ from lorabatch.model.lora import LoraSettings
 from lorabatch.model.loss import LossTerms
 from lorabatch.train.planner import plan
 from lorabatch.train.state import Trainable
+from lorabatch.train.validation import evaluate
 
 folder, mode, dtype, tokens = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 (return_freed_memory if mode == "full" else keep_freed_memory)()  # as the product does
@@ -264,3 +275,62 @@ def test_whole_layers_again_do_not_ask_for_random_state_without_dropout(monkeypa
     model.attach(LoraSettings(4, 8.0, dropout=0.1), seed=1)
     with pytest.raises(pytest.fail.Exception, match="the generator was read"):
         model.loss_sum([torch.arange(1, 9)], [1])
+
+
+class Shared:
+    """``even`` ranks, of which this process is the only one that answers."""
+
+    rank, count, even = 0, 1, True
+
+    @staticmethod
+    def shares(documents):
+        return [documents]
+
+
+OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def no_memory(*args, **kwargs):
+    raise OUT
+
+
+def test_ranks_that_share_a_base_end_with_one_line():
+    """Nothing can be tried again: the others wait in a pass that this rank has left."""
+    config = TrainConfig(lora_r=4, block_tokens=64)
+    model, learner = learner_of(config)
+    model.loss_sum = no_memory
+    with pytest.raises(TrainingError, match=r"CUDA out of memory\..*\n?.*lower --block_tokens"):
+        train_step(model, learner, documents(), config, 1e-3, Shared())
+    assert learner.block_tokens == 64
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_out_of_memory_in_the_update_keeps_the_adapter(ratio):
+    config = TrainConfig(lora_r=4, lora_plus_ratio=ratio)
+    model, learner = learner_of(config)
+    before = learner.adapters.flat.detach().clone()
+    learner.optimizer.step = no_memory
+    with pytest.raises(TrainingError, match="optimiser's update"):
+        train_step(model, learner, documents(), config, 1e-3, ALONE)
+    assert torch.equal(learner.adapters.flat.detach(), before) and learner.state.step == 0
+
+
+def test_an_evaluation_too_is_repeated_in_smaller_blocks(capsys):
+    sized = SimpleNamespace(block_tokens=64)
+    model, _ = learner_of(TrainConfig(lora_r=4))
+    corpus = tiny_corpus([9, 30, 17])
+    real = model.loss_sum
+    wanted = evaluate(model, corpus, block_tokens=64).loss
+
+    def loss_sum(token_ids, targets):
+        return no_memory() if sum(map(len, token_ids)) > 40 else real(token_ids, targets)
+
+    model.loss_sum = loss_sum
+    result = within_memory(
+        lambda: evaluate(model, corpus, block_tokens=sized.block_tokens),
+        sized,
+        corpus.documents,
+        even=False,
+    )
+    assert result.loss == pytest.approx(wanted, rel=1e-6) and sized.block_tokens == 32
+    assert "repeated with blocks of 32" in capsys.readouterr().err

@@ -205,11 +205,17 @@ class HfModel:
     ) -> tuple[Tensor, Tensor]:
         """(fp32 logits that predict the supervised tokens [n, V], these tokens [n])."""
         ids = nn.utils.rnn.pad_sequence(list(token_ids), batch_first=True)  # [B, L]
-        ids, mask, document, place = (
-            t.to(self.device) for t in (ids, *_supervised(token_ids, targets))
+        mask, document, place = _supervised(token_ids, targets)
+        # logits of places that predict a supervised token in some row: all exist at once
+        asked, at = torch.unique(place - 1, return_inverse=True)
+        ids, mask, document, place, asked, at = (
+            t.to(self.device) for t in (ids, mask, document, place, asked, at)
         )
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return logits[document, place - 1].float(), ids[document, place]
+        keep, column = (
+            ({"logits_to_keep": asked}, at) if self._takes_few_logits else ({}, place - 1)
+        )
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
+        return logits[document, column].float(), ids[document, place]
 
 
 def _supervised(

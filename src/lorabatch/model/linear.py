@@ -162,7 +162,8 @@ class _AdaptedProduct(torch.autograd.Function):
         if before is not None:
             x = before(x)
         y = layer.project(x)
-        ctx.low = _add_low_rank(adapted, x, mask, y)  # ours alone, so it needs no version check
+        # ours alone, so they need no version check
+        ctx.low, ctx.copies = _add_low_rank(adapted, x, mask, y)
         ctx.layer, ctx.adapted = layer, adapted
         return y
 
@@ -176,23 +177,26 @@ class _AdaptedProduct(torch.autograd.Function):
             x = again.detach()
         grad = grad.contiguous()
         x_grad = ctx.layer.input_grad(grad) if ctx.needs_input_grad[0] else None
-        grads = _low_rank_grads(ctx.adapted, x, mask, ctx.low, grad, x_grad)
+        grads = _low_rank_grads(ctx.adapted, x, mask, ctx.low, ctx.copies, grad, x_grad)
         if x_grad is not None and ctx.before is not None:
             (x_grad,) = torch.autograd.grad(again, given, x_grad)
         return (x_grad, None, None, None, None, *grads)
 
 
-def _add_low_rank(adapted: Adapted, x: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:
+def _add_low_rank(
+    adapted: Adapted, x: Tensor, mask: Tensor | None, y: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Adds the adapters' part to y [T, O]; returns x Aᵀ of all parts [T, sum of r], each padded to
-    16s where the kernels serve."""
+    16s where the kernels serve, and where they do not the ``_copies`` that were multiplied."""
     ops = _lora_ops(adapted, x, mask)
     if ops is not None:
-        return ops.lora(_for_kernels(adapted), x, y)
-    a_all = torch.cat([adapter.a.to(x.dtype) for _, adapter in adapted])  # [sum of r, I]
+        return ops.lora(_for_kernels(adapted), x, y), None
+    copies = torch.cat([half.detach().flatten() for half in _halves(adapted)]).to(x.dtype)
+    a_all, b_parts = _copies(adapted, copies)
     low = (x if mask is None else x * mask) @ a_all.t()
-    for part, adapter, h in _parts(adapted, low):
-        y[:, part.start : part.stop].addmm_(h, adapter.b.to(x.dtype).t(), alpha=adapter.scale)
-    return low
+    for (part, adapter, h), b in zip(_parts(adapted, low), b_parts, strict=True):
+        y[:, part.start : part.stop].addmm_(h, b.t(), alpha=adapter.scale)
+    return low, copies
 
 
 def _low_rank_grads(
@@ -200,22 +204,25 @@ def _low_rank_grads(
     x: Tensor,
     mask: Tensor | None,
     low: Tensor,
+    copies: Tensor | None,
     grad: Tensor,
     x_grad: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of A [r, I] and B [O of the part, r] of each part in turn, fp32; the adapters'
     share is added to ``x_grad``."""
-    a_parts, b_parts = ([getattr(adapter, half) for _, adapter in adapted] for half in "ab")
-    ops = _lora_ops(adapted, x, mask)
-    if ops is not None:
+    b_grads: Sequence[Tensor]
+    if copies is None:
+        ops = _lora_ops(adapted, x, mask)
+        assert ops is not None  # as in the forward pass
         a_all_grad, flat = ops.lora_grad(_for_kernels(adapted), x, low, grad, x_grad)
+        b_parts = [adapter.b for _, adapter in adapted]
         b_grads = [
             g.view(b.shape)
             for g, b in zip(flat.split([b.numel() for b in b_parts]), b_parts, strict=True)
         ]
     else:
-        a_all_grad, b_grads = _plain_grads(adapted, x, mask, low, grad, x_grad)
-    a_grads = a_all_grad.split([a.shape[0] for a in a_parts])
+        a_all_grad, b_grads = _plain_grads(adapted, x, mask, low, copies, grad, x_grad)
+    a_grads = a_all_grad.split([adapter.a.shape[0] for _, adapter in adapted])
     return [g for pair in zip(a_grads, b_grads, strict=True) for g in pair]
 
 
@@ -224,25 +231,46 @@ def _plain_grads(
     x: Tensor,
     mask: Tensor | None,
     low: Tensor,
+    copies: Tensor,
     grad: Tensor,
     x_grad: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """(gradients of all A [sum of r, I], of each B), as above."""
-    low_grad = torch.empty_like(low)
-    b_grads = []
-    for (part, adapter, h), (_, _, h_grad) in zip(
-        _parts(adapted, low), _parts(adapted, low_grad), strict=True
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """(gradients of all A [sum of r, I], of each B), as above.
+
+    On GPUs each small operator costs a launch: the scale goes into the products, and all gradients
+    are cast at once.
+    """
+    a_all, b_parts = _copies(adapted, copies)
+    low_grad, grads = torch.empty_like(low), torch.empty_like(copies)
+    a_all_grad, b_grads = _copies(adapted, grads)
+    for (part, adapter, h), h_grad, b, b_grad in zip(
+        _parts(adapted, low), _columns(adapted, low_grad), b_parts, b_grads, strict=True
     ):
         part_grad = grad[:, part.start : part.stop]
-        torch.mm(part_grad, adapter.b.to(x.dtype) * adapter.scale, out=h_grad)
-        b_grads.append((part_grad.t() @ h).float().mul_(adapter.scale))
+        h_grad.addmm_(part_grad, b, beta=0, alpha=adapter.scale)  # whatever it held, by beta
+        b_grad.addmm_(part_grad.t(), h, beta=0, alpha=adapter.scale)
     if x_grad is not None:
-        a_all = torch.cat([adapter.a.to(x.dtype) for _, adapter in adapted])
         if mask is None:
             x_grad.addmm_(low_grad, a_all)
         else:
             x_grad.add_((low_grad @ a_all).mul_(mask))
-    return (low_grad.t() @ (x if mask is None else x * mask)).float(), b_grads
+    torch.mm(low_grad.t(), x if mask is None else x * mask, out=a_all_grad)
+    return _copies(adapted, grads.float())
+
+
+def _halves(adapted: Adapted) -> list[Tensor]:
+    """A of every part, then B of every part."""
+    return [getattr(adapter, half) for half in "ab" for _, adapter in adapted]
+
+
+def _copies(adapted: Adapted, flat: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Views of the ``_halves`` in one flat tensor: all A [sum of r, I], each B [O of the part,
+    r]."""
+    pieces = flat.split([half.numel() for half in _halves(adapted)])
+    width = adapted[0][1].a.shape[1]
+    a_all = flat[: sum(piece.numel() for piece in pieces[: len(adapted)])].view(-1, width)
+    bs = zip(pieces[len(adapted) :], adapted, strict=True)
+    return a_all, [piece.view(adapter.b.shape) for piece, (_, adapter) in bs]
 
 
 def _lora_ops(adapted: Adapted, x: Tensor, mask: Tensor | None) -> TrainOps | None:
@@ -274,7 +302,8 @@ def _for_kernels(adapted: Adapted) -> list[LowRank]:
 
 def _parts(adapted: Adapted, low: Tensor) -> list[tuple[Part, Adapter, Tensor]]:
     """(part, adapter, its columns of ``low`` [T, r]) for each adapted part."""
-    widths = [adapter.a.shape[0] for _, adapter in adapted]
-    return [
-        (*pair, columns) for pair, columns in zip(adapted, low.split(widths, dim=1), strict=True)
-    ]
+    return [(*pair, columns) for pair, columns in zip(adapted, _columns(adapted, low), strict=True)]
+
+
+def _columns(adapted: Adapted, low: Tensor) -> Sequence[Tensor]:
+    return low.split([adapter.a.shape[0] for _, adapter in adapted], dim=1)

@@ -19,12 +19,11 @@ from lorabatch.config import TrainConfig
 from lorabatch.corpus.packing import steps_per_epoch, training_steps
 from lorabatch.corpus.tokens import TokenCorpus, TokenDocument
 from lorabatch.errors import TrainingError
-from lorabatch.machine.device import out_of_memory
 from lorabatch.model.backend import Backend
 from lorabatch.schema import Fields, Record
 from lorabatch.spans import span, spanned
 from lorabatch.train.batches import rank_blocks
-from lorabatch.train.planner import halved
+from lorabatch.train.planner import LESS_TO_UPDATE, memory_for, within_memory
 from lorabatch.train.ranks import ALONE, Ranks
 from lorabatch.train.schedule import learning_rate, warmup_steps
 from lorabatch.train.state import Trainable, TrainState
@@ -79,12 +78,17 @@ def train(
     def run_eval() -> None:
         if validation is None:
             return
-        result = evaluate(
-            model,
-            validation,
-            block_tokens=config.block_tokens,
-            stop_requested=stop_requested,
-            ranks=ranks,
+        result = within_memory(
+            lambda: evaluate(
+                model,
+                validation,
+                block_tokens=trainable.block_tokens,
+                stop_requested=stop_requested,
+                ranks=ranks,
+            ),
+            trainable,
+            validation.documents,
+            even=ranks.even,
         )
         if result is not None:
             improved = _note_eval(trainable, result)
@@ -166,7 +170,7 @@ def train_step(
     loss, norm = _mean_gradient(model, trainable, documents, targets, ranks)
     if config.max_grad_norm and norm > config.max_grad_norm:
         adapters.grad.mul_(config.max_grad_norm / norm)
-    with span("optimiser"):
+    with span("optimiser"), memory_for("the optimiser's update", LESS_TO_UPDATE):
         trainable.update(rate)
     seconds = time.perf_counter() - start
     state.step += 1
@@ -207,9 +211,12 @@ def _mean_gradient(
     step, grad, scaler = trainable.state.step + 1, trainable.adapters.grad, trainable.scaler
     while True:
         scale = trainable.scale
-        loss = _gradient_sum(model, trainable, documents, ranks) / targets
+        loss_sum = _gradient_sum(model, trainable, documents, ranks)
         grad.div_(targets * scale)
-        norm = float(torch.linalg.vector_norm(grad))
+        length = torch.linalg.vector_norm(grad)
+        # the step's only wait for the device
+        total, norm = torch.stack([loss_sum.to(length), length]).tolist()
+        loss = total / targets
         if math.isfinite(loss) and math.isfinite(norm):
             if scaler:
                 scaler.good()
@@ -225,40 +232,38 @@ def _mean_gradient(
 
 def _gradient_sum(
     model: Backend, trainable: Trainable, documents: Sequence[TokenDocument], ranks: Ranks
-) -> float:
+) -> Tensor:
     """Leave the gradient of the documents' loss sum, of all ranks, in the adapters' buffer; that
-    sum.
+    sum, on the device.
 
     Repeated in smaller blocks where memory did not suffice.
     """
     adapters = trainable.adapters
     model.train()
-    while True:
-        torch.manual_seed(trainable.dropout_seed(ranks.rank))
-        adapters.zero_grad()
-        try:
-            loss_sum = _backward(model, trainable, documents, ranks)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if ranks.even or not out_of_memory(error):
-                raise
-            trainable.block_tokens = halved(trainable.block_tokens, documents, error)
+    loss_sum = within_memory(
+        lambda: _backward(model, trainable, documents, ranks),
+        trainable,
+        documents,
+        even=ranks.even,
+    )
     if ranks.count > 1:
         both = ranks.sum_(torch.cat([adapters.grad, loss_sum.to(adapters.grad).view(1)]))
         adapters.grad.copy_(both[:-1])
         loss_sum = both[-1]
-    return float(loss_sum)  # the step's host synchronisation
+    return loss_sum
 
 
 def _backward(
     model: Backend, trainable: Trainable, documents: Sequence[TokenDocument], ranks: Ranks
 ) -> Tensor:
-    loss_sum = torch.zeros(())
+    torch.manual_seed(trainable.dropout_seed(ranks.rank))
+    trainable.adapters.zero_grad()
+    loss_sum = torch.zeros((), device=trainable.adapters.grad.device)
     for token_ids, targets, counts in rank_blocks(documents, trainable.block_tokens, ranks):
         with span("forward"):
             loss = model.loss_sum(token_ids, targets) * float(counts)
         # of the sum: dividing each token's share first would lose it in fp16
         with span("backward"):
             (loss * trainable.scale).backward()
-        loss_sum = loss_sum + loss.detach().cpu()
+        loss_sum = loss_sum + loss.detach()
     return loss_sum

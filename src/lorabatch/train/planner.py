@@ -10,9 +10,10 @@ peak.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 
@@ -22,7 +23,7 @@ from lorabatch.errors import TrainingError
 from lorabatch.kernels.onednn import Prepacked
 from lorabatch.kernels.panels import Panels
 from lorabatch.kernels.train_ops import low_width, train_ops
-from lorabatch.machine.device import free_bytes
+from lorabatch.machine.device import free_bytes, out_of_memory
 from lorabatch.model.backend import Backend
 from lorabatch.model.decoder import Decoder, Layer
 from lorabatch.model.loss import CHUNK_ELEMENTS
@@ -30,6 +31,11 @@ from lorabatch.model.native import NativeModel
 from lorabatch.model.spec import ModelSpec
 from lorabatch.progress import note
 
+T = TypeVar("T")
+LESS_TO_UPDATE = "the adapter before this step is kept; lower --lora_r, or adapt fewer layers"
+LESS_OF_A_SHARED_BASE = (
+    "lower --block_tokens, or use --checkpointing full; then resume with --resume auto"
+)
 HEADROOM = 0.9  # of the free memory: allocators keep some of what was freed
 
 
@@ -136,20 +142,59 @@ def _warn(config: TrainConfig, tokens: int, needed: int, free: int) -> None:
     )
 
 
+class InBlocks(Protocol):
+    """Whatever works in blocks of at most so many tokens."""
+
+    block_tokens: int
+
+
+def within_memory(
+    work: Callable[[], T], sized: InBlocks, documents: Sequence[TokenDocument], *, even: bool
+) -> T:
+    """What ``work`` returns, tried again with smaller blocks (``sized.block_tokens``) while memory
+    does not suffice.
+
+    even: ranks that must make the same number of passes; the others are in the middle of one, so
+    nothing can be tried again. TrainingError then, and with one document at a time.
+    """
+    while True:
+        try:
+            if not even:
+                return work()
+            with memory_for(f"a block of {sized.block_tokens} tokens", LESS_OF_A_SHARED_BASE):
+                return work()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            sized.block_tokens = halved(sized.block_tokens, documents, error)
+
+
+@contextmanager
+def memory_for(what: str, fix: str) -> Iterator[None]:
+    """TrainingError with ``fix`` where memory does not suffice for what smaller blocks cannot
+    help."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(f"out of memory ({_told(error)})", where=what, fix=fix) from error
+
+
+def _told(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def halved(block_tokens: int, documents: Sequence[TokenDocument], error: BaseException) -> int:
     """The next smaller block. TrainingError when each document already has a block of its own."""
     if block_tokens <= min(d.num_tokens for d in documents):
         raise TrainingError(
-            "out of memory with one document at a time "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+            f"out of memory with one document at a time ({_told(error)})",
             where=f"blocks of {block_tokens} tokens",
             fix="lower --max_len, or use --checkpointing full",
         ) from error
     smaller = block_tokens // 2
-    note(
-        f"out of memory with blocks of {block_tokens} tokens: the step is repeated with blocks of "
-        f"{smaller}"
-    )
+    note(f"out of memory with blocks of {block_tokens} tokens: repeated with blocks of {smaller}")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return smaller

@@ -115,7 +115,8 @@ class Trainable:
         before = flat.clone() if self._speed is not None else None
         self.optimizer.step()
         if before is not None and self._speed is not None:
-            torch.addcmul(before, flat - before, self._speed, out=flat)
+            # in place: want of memory here would leave half an update
+            torch.addcmul(before, flat.sub_(before), self._speed, out=flat)
 
     def record(self) -> Record:
         """The counters, as JSON can hold them to the bit."""
